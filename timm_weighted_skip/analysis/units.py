@@ -1,0 +1,106 @@
+"""The weights of a net's mapping units, read out of the net."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from timm.utils import unwrap_model
+from torch import nn
+
+from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
+
+__all__ = ['MappingUnit', 'gate_weights', 'mapping_units']
+
+
+@dataclass(frozen=True)
+class MappingUnit:
+    """One place of a net where paths merge.
+
+    Attributes:
+        name: The block's, as timm names it: `layer1.0`, `features.denseblock1.denselayer2`.
+        kind: 'identity' or 'projection' after the unit's shortcut, 'concat' in a DenseNet.
+        weight: AdaResNet: `w`, shape (). AWM: `lam` per image, (N, K) with rows that sum to 1; `lam[:, 0]` is the
+            residual branch's, or the first unit's of a concatenation. None for AWM without images.
+    """
+
+    name: str
+    kind: str
+    weight: Optional[torch.Tensor]
+
+
+def _merges(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Name -> (kind, merge) of the weighted units of `model`, in forward order.
+
+    Raises:
+        ValueError: The net has none.
+    """
+    merges: dict[str, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, ActiveWeightedConcat) and module.gate is not None:
+            merges[name.removesuffix('.merge')] = ('concat', module)
+        merge = getattr(module, 'merge', None)
+        if (isinstance(merge, SkipWeight) and merge.weight is not None) or (
+            isinstance(merge, ActiveWeightedMapping) and merge.gate is not None
+        ):
+            merges[name] = ('identity' if module.downsample is None else 'projection', merge)
+    if not merges:
+        raise ValueError(
+            f'{type(model).__name__} has no weighted mapping units; nets that have are called adaresnet* and awm_*, '
+            'made without plain=True'
+        )
+    return merges
+
+
+@contextmanager
+def gate_weights(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """While active, every forward of `model` leaves each AWM unit's `lam`, (N, K), in the yielded dict, by unit name.
+
+    Raises:
+        ValueError: The net has no weighted mapping units.
+    """
+    model = unwrap_model(model)
+    weights: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        return lambda gate, args, output: weights.__setitem__(name, output.detach() / gate.scale)
+
+    merges = {name: merge for name, (_, merge) in _merges(model).items() if not isinstance(merge, SkipWeight)}
+    handles = [merge.get_submodule('gate').register_forward_hook(keep(name)) for name, merge in merges.items()]
+    try:
+        yield weights
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def mapping_units(model: nn.Module, x: Optional[torch.Tensor] = None) -> list[MappingUnit]:
+    """The weighted mapping units of any AdaResNet or AWM net in forward order, with their current weights.
+
+    Args:
+        model: The net; compiled, wrapped for data-parallel training and of any dtype as it may be.
+        x: Images (N, C, H, W) to infer an AWM net's weights from, in eval mode.
+
+    Raises:
+        ValueError: The net has no weighted mapping units, or a weight is NaN.
+    """
+    model = unwrap_model(model)
+    merges = _merges(model)
+    weights = {name: unit.weight.detach().clone() for name, (_, unit) in merges.items() if isinstance(unit, SkipWeight)}
+    if x is not None and len(weights) < len(merges):
+        like = next(model.parameters())
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with gate_weights(model) as lam:
+                model(x.to(like.device, like.dtype))
+        finally:
+            for module in training:
+                module.training = True
+        weights.update(lam)
+    bad = [name for name, weight in weights.items() if weight.isnan().any()]
+    if bad:
+        raise ValueError(f'the weights of {len(bad)} of {len(merges)} mapping units are NaN: {", ".join(bad[:5])}')
+    return [MappingUnit(name, kind, weights.get(name)) for name, (kind, _) in merges.items()]

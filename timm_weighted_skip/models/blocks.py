@@ -1,0 +1,151 @@
+"""timm's residual blocks and ResNet, with the merge of residual branch and shortcut handed in as a module."""
+
+from collections.abc import Callable
+from typing import Any, Optional, Union
+
+import torch
+from timm.models import build_model_with_cfg
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+from timm_weighted_skip.layers import check_count
+from timm_weighted_skip.models.pretrained import checkpoint_filter_fn
+
+__all__ = ['WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet', 'check_input_size']
+
+
+class MappingUnit:
+    """What a weighted block adds to timm's: `merge`, in the place of `x += shortcut`.
+
+    Args:
+        merge: Called with the unit's output channels, whether its shortcut is a projection, and the device and dtype;
+            returns a module of `(residual, shortcut)`.
+        args, kwargs: Those of timm's block.
+    """
+
+    def __init__(self, *args, merge: Callable[..., nn.Module], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        last_norm = self.bn3 if isinstance(self, Bottleneck) else self.bn2
+        dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
+        self.merge = merge(last_norm.num_features, projection=self.downsample is not None, **dd)
+
+    def zero_init_last(self) -> None:
+        """Zero the last norm layer as timm does, but not under a closed shortcut: output and gradient would be 0."""
+        if not self.merge.starts_closed:
+            super().zero_init_last()
+
+
+class WeightedBasicBlock(MappingUnit, BasicBlock):
+    """timm's `BasicBlock` with a weighted merge."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.drop_block(x)
+        x = self.act1(x)
+        x = self.aa(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        return self.act2(self.merge(x, shortcut))
+
+
+class WeightedBottleneck(MappingUnit, Bottleneck):
+    """timm's `Bottleneck` with a weighted merge."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)
+
+        x = self.conv3(x)
+        x = self.bn3(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        return self.act3(self.merge(x, shortcut))
+
+
+def check_input_size(x: torch.Tensor, smallest: int) -> None:
+    """Refuse images that the net's stride would leave without a single whole output pixel.
+
+    `torch._assert` instead of a branch, so that tracing, scripting and exporting see no data-dependent control flow.
+    """
+    height, width = x.shape[-2], x.shape[-1]
+    torch._assert(
+        (height >= smallest) & (width >= smallest),
+        f'input of {height}x{width} pixels is too small; this net takes {smallest}x{smallest} and more',
+    )
+
+
+class WeightedResNet(ResNet):
+    """timm's `ResNet` of weighted blocks.
+
+    Args:
+        block: `WeightedBasicBlock` or `WeightedBottleneck`.
+        layers: Blocks per stage.
+        merge: Maker of the units' merges, see `MappingUnit`.
+        in_chans: Number of input channels.
+        block_args: Further arguments of the blocks.
+        kwargs: Those of timm's `ResNet`.
+
+    Raises:
+        ValueError: `in_chans` is not 1 or more.
+    """
+
+    out_indices: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    def __init__(
+        self,
+        block: type[Union[WeightedBasicBlock, WeightedBottleneck]],
+        layers: tuple[int, ...],
+        merge: Callable[..., nn.Module],
+        in_chans: int = 3,
+        block_args: Optional[dict[str, Any]] = None,
+        **kwargs,
+    ) -> None:
+        check_count('in_chans', in_chans)
+        super().__init__(block, layers, in_chans=in_chans, block_args={**(block_args or {}), 'merge': merge}, **kwargs)
+        self.min_input_size: int = self.feature_info[-1]['reduction']
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_input_size(x, self.min_input_size)
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def build_resnet(model_cls: type[WeightedResNet], variant: str, pretrained: bool, **kwargs) -> WeightedResNet:
+    """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=model_cls.out_indices),
+        **kwargs,
+    )

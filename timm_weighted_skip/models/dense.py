@@ -1,0 +1,103 @@
+"""timm's DenseNet with the concatenation that a layer, a transition or the final norm reads weighted unit by unit."""
+
+from collections import OrderedDict
+from typing import List  # noqa: UP035  TorchScript reads List
+
+import torch
+from timm.models import build_model_with_cfg
+from timm.models.densenet import DenseBlock, DenseLayer, DenseNet, DenseTransition
+from torch import nn
+
+from timm_weighted_skip.layers import ActiveWeightedConcat, check_count
+from timm_weighted_skip.models.blocks import check_input_size
+from timm_weighted_skip.models.pretrained import checkpoint_filter_fn
+
+__all__ = ['WeightedDenseLayer', 'WeightedDenseNet', 'build_densenet', 'weigh_connections']
+
+
+class WeightedDenseLayer(DenseLayer):
+    """timm's `DenseLayer` that weighs what it reads. The weighted maps are its own; later layers read the originals."""
+
+    def bottleneck_fn(self, xs: List[torch.Tensor]) -> torch.Tensor:  # noqa: UP006
+        return self.conv1(self.norm1(self.merge(torch.cat(xs, 1))))
+
+
+def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', plain: bool = False) -> None:
+    """Put an `ActiveWeightedConcat` before every norm of timm's `model` that reads more than one unit, in place.
+
+    A unit is a dense block's input or the output of one of its layers. What reads a single unit, the first layer of a
+    block, has nothing to weigh. timm's parameters keep their names.
+
+    Args:
+        model: Net to change.
+        hidden, scale, plain: As `ActiveWeightedConcat`.
+    """
+
+    def merge(widths: list[int], like: torch.Tensor) -> ActiveWeightedConcat:
+        return ActiveWeightedConcat(widths, hidden, scale, plain, device=like.device, dtype=like.dtype)
+
+    widths = []
+    for name, module in list(model.features.named_children()):
+        if isinstance(module, DenseBlock):
+            layers = list(module.children())
+            widths = [layers[0].conv1.in_channels]
+            for layer in layers:
+                if len(widths) > 1:
+                    # timm's DenseBlock names its layer class, so the class is changed after the fact.
+                    layer.__class__ = WeightedDenseLayer
+                    layer.merge = merge(widths, layer.conv1.weight)
+                widths.append(layer.conv2.out_channels)
+        elif isinstance(module, DenseTransition):
+            weight = merge(widths, module.conv.weight)
+            setattr(model.features, name, nn.Sequential(OrderedDict(merge=weight, **dict(module.named_children()))))
+        elif name == 'norm5':
+            del model.features.norm5
+            model.features.add_module('merge5', merge(widths, module.weight))
+            model.features.add_module(name, module)
+
+
+class WeightedDenseNet(DenseNet):
+    """timm's `DenseNet` with weighted connections.
+
+    Args:
+        hidden, scale, plain: As `ActiveWeightedConcat`.
+        in_chans: Number of input channels.
+        kwargs: Those of timm's `DenseNet`.
+
+    Raises:
+        ValueError: `in_chans` is not 1 or more, or as `ActiveWeightedConcat`.
+    """
+
+    out_indices: tuple[int, ...] = (0, 1, 2, 3, 4)
+
+    def __init__(
+        self, hidden: int = 24, scale: str = 'units', plain: bool = False, in_chans: int = 3, **kwargs
+    ) -> None:
+        check_count('in_chans', in_chans)
+        super().__init__(in_chans=in_chans, **kwargs)
+        weigh_connections(self, hidden, scale, plain)
+        self._layout_changed()
+
+    def _layout_changed(self) -> None:
+        """Recompute what depends on `features` and `feature_info`."""
+        names = [name for name, _ in self.features.named_children()]
+        # timm's forward_intermediates finds its features by their positions.
+        self.feature_ends = [names.index(info['module'].split('.', 1)[1]) for info in self.feature_info]
+        self.min_input_size: int = self.feature_info[-1]['reduction']
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_input_size(x, self.min_input_size)
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def build_densenet(model_cls: type[WeightedDenseNet], variant: str, pretrained: bool, **kwargs) -> WeightedDenseNet:
+    """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(flatten_sequential=True, out_indices=model_cls.out_indices),
+        **kwargs,
+    )

@@ -1,0 +1,54 @@
+"""The 8-unit net of AdaResNet's released code (github.com/suguest/AdaResNet), with plain skips.
+
+Its units are the rows of the paper's Tables I and II. It is not a ResNet-50 and not timm's ResNet-18: all four stages
+halve the map, the first included, each starts with a projection unit, and every convolution has a bias.
+"""
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import ResNet, downsample_conv
+from torch import nn
+
+from timm_weighted_skip.layers import skip_weights
+from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet, build_resnet
+from timm_weighted_skip.models.resnet_cifar import cifar_cfg
+
+__all__ = ['ReleasedResNet', 'released_cfg']
+
+
+class ReleasedResNet(WeightedResNet):
+    """timm's ResNet-18 changed to the released net: a total stride of 64, biased convolutions.
+
+    Args:
+        block, layers, merge, in_chans, kwargs: As `WeightedResNet`.
+    """
+
+    def __init__(self, block: type[WeightedBasicBlock], layers: tuple[int, ...], merge, in_chans: int = 3, **kwargs):
+        super().__init__(block, layers, merge, in_chans, output_stride=32, **kwargs)
+        dd = {name: kwargs[name] for name in ('device', 'dtype') if name in kwargs}
+        unit = self.layer1[0]
+        width = unit.conv1.in_channels
+        unit.stride, unit.conv1.stride = 2, (2, 2)
+        unit.downsample = downsample_conv(width, width, 1, stride=2, norm_layer=type(unit.bn1), **dd)
+        nn.init.kaiming_normal_(unit.downsample[0].weight, mode='fan_out', nonlinearity='relu')
+        unit.merge = merge(width, projection=True, **dd)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.bias = nn.Parameter(module.weight.new_zeros(module.out_channels))
+        for info in self.feature_info[1:]:
+            info['reduction'] *= 2
+        self.min_input_size = 28  # MNIST's, which the paper feeds to it, although its stride is 64
+
+
+def released_cfg(**kwargs) -> dict:
+    """The released code's inputs: 32 x 32 pixels in [0, 1], not normalised."""
+    return cifar_cfg(pool_size=(1, 1), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **kwargs)
+
+
+default_cfgs = generate_default_cfgs({'resnet18_released.untrained': released_cfg(paper_ids='arXiv:2408.09958')})
+
+
+@register_model
+def resnet18_released(pretrained: bool = False, **kwargs) -> ResNet:
+    """The plain net of AdaResNet's released code, 8 residual units."""
+    model_args = dict(block=WeightedBasicBlock, layers=(2, 2, 2, 2), merge=skip_weights(plain=True))
+    return build_resnet(ReleasedResNet, 'resnet18_released', pretrained, **model_args, **kwargs)
