@@ -7,6 +7,7 @@ Work is imported inside `run`, so that `--help` is quick and a verb needs only i
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
 import timm_weighted_skip
@@ -20,9 +21,31 @@ def add_list(verbs) -> None:
     parser.add_argument('pattern', nargs='?', default='*', help="only names that match, such as 'awm_*cifar'")
 
     def run(args: argparse.Namespace) -> None:
-        from timm_weighted_skip.models.listing import model_table
+        from timm_weighted_skip.analysis.listing import model_table
 
         print(model_table(args.pattern))
+
+    parser.set_defaults(run=run)
+
+
+def add_quickstart(verbs) -> None:
+    """`quickstart`: the main job on data that comes with scikit-learn."""
+    parser = verbs.add_parser(
+        'quickstart', help="train a small AWM net and its plain baseline on scikit-learn's digits"
+    )
+    parser.add_argument(
+        '--epochs', type=int, default=30, help='of either net, both phases counted (default: %(default)s)'
+    )
+    parser.add_argument('--period', type=int, default=3, help='epochs per phase (default: %(default)s)')
+    parser.add_argument('--seeds', type=int, default=3, help='trainings of either net (default: %(default)s)')
+    parser.add_argument(
+        '--out', type=Path, default=Path('quickstart'), help="the picture's folder (default: %(default)s)"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from timm_weighted_skip.quickstart import quickstart
+
+        quickstart(args.epochs, args.period, args.seeds, args.out)
 
     parser.set_defaults(run=run)
 
@@ -31,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='weighted-skip', description=timm_weighted_skip.__doc__)
     parser.add_argument('--version', action='version', version=f'%(prog)s {timm_weighted_skip.__version__}')
     verbs = parser.add_subparsers(metavar='VERB', required=True)
-    for add in (add_list,):
+    for add in (add_list, add_quickstart):
         add(verbs)
     return parser
 

@@ -169,7 +169,7 @@ class Gate(nn.Module):
         log_p = F.logsigmoid(logit)
         # The maximum cancels in the ratio below, so it needs no gradient.
         p = (log_p - log_p.detach().amax(dim=1, keepdim=True)).exp()
-        return p * (self.scale / p.sum(dim=1, keepdim=True))  # (N, K)
+        return p * self.scale / p.sum(dim=1, keepdim=True)  # (N, K)
 
 
 class ActiveWeightedMapping(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
 
-__all__ = ['MappingUnit', 'gate_weights', 'mapping_units']
+__all__ = ['MappingUnit', 'gate_weights', 'mapping_units', 'named_merges']
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MappingUnit:
     weight: Optional[torch.Tensor]
 
 
-def _merges(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def named_merges(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     """Name -> (kind, merge) of the weighted units of `model`, in forward order.
 
     Raises:
@@ -66,7 +66,7 @@ def gate_weights(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     def keep(name: str):
         return lambda gate, args, output: weights.__setitem__(name, output.detach() / gate.scale)
 
-    merges = {name: merge for name, (_, merge) in _merges(model).items() if not isinstance(merge, SkipWeight)}
+    merges = {name: merge for name, (_, merge) in named_merges(model).items() if not isinstance(merge, SkipWeight)}
     handles = [merge.get_submodule('gate').register_forward_hook(keep(name)) for name, merge in merges.items()]
     try:
         yield weights
@@ -87,7 +87,7 @@ def mapping_units(model: nn.Module, x: Optional[torch.Tensor] = None) -> list[Ma
         ValueError: The net has no weighted mapping units, or a weight is NaN.
     """
     model = unwrap_model(model)
-    merges = _merges(model)
+    merges = named_merges(model)
     weights = {name: unit.weight.detach().clone() for name, (_, unit) in merges.items() if isinstance(unit, SkipWeight)}
     if x is not None and len(weights) < len(merges):
         like = next(model.parameters())

@@ -1,0 +1,61 @@
+"""Compiling, exporting and ONNX: the graph computes what the net computes, for any batch size."""
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from conftest import randomise
+from test_units import trained_gates
+
+NAMES = ['awm_resnet14_cifar', 'adaresnet14_cifar', 'awm_densenet22_bc_cifar', 'adaresnet18_released']
+
+
+@pytest.fixture(params=NAMES)
+def model(request):
+    return randomise(trained_gates(request.param)).eval()
+
+
+@torch.no_grad()
+def test_compiles_into_one_graph(model):
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True, dynamic=True)
+    for n, size in ((2, 32), (3, 40)):
+        x = torch.randn(n, 3, size, size)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@torch.no_grad()
+def test_exports_with_a_dynamic_batch(model):
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@torch.no_grad()
+def test_exports_to_onnx(model, tmp_path):
+    path = tmp_path / 'model.onnx'
+    batch = torch.export.Dim('batch')
+    example = torch.randn(2, 3, 32, 32)
+    torch.onnx.export(
+        model, (example,), path, dynamo=True, dynamic_shapes=({0: batch},), input_names=['x'], verbose=False
+    )
+    x = torch.randn(3, 3, 32, 32)
+    (y,) = onnxruntime.InferenceSession(path).run(None, {'x': x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_training_step_has_the_eager_gradients():
+    model = trained_gates('awm_resnet14_cifar').double()
+    x = torch.randn(4, 3, 32, 32).double()
+    model(x).square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, backend='aot_eager')(x).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_scripted_net_equals_the_eager_one():
+    with timm.layers.set_scriptable(True):
+        model = trained_gates('awm_resnet14_cifar').eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))

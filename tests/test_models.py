@@ -1,0 +1,228 @@
+"""The nets: equal to timm's plain ones at identity, trainable from the start, complete in timm's ways of use."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+
+from timm_weighted_skip import mapping_units
+from timm_weighted_skip.models.names import model_names
+
+TO_TIMM = {
+    **{f'awm_resnet{depth}': (f'resnet{depth}', {}) for depth in (18, 34, 50, 101, 152)},
+    **{f'adaresnet{depth}': (f'resnet{depth}', {'skip_init': 1.0}) for depth in (18, 34, 50, 101, 152)},
+    'awm_densenet121': ('densenet121', {}),
+}
+TO_OURS = {
+    **{f'awm_resnet{depth}_cifar': (f'resnet{depth}_cifar', {}) for depth in (14, 20, 110)},
+    **{f'adaresnet{depth}_cifar': (f'resnet{depth}_cifar', {'skip_init': 1.0}) for depth in (14, 20, 110)},
+    **{f'awm_densenet{depth}_bc_cifar': (f'densenet{depth}_bc_cifar', {}) for depth in (22, 40)},
+    'adaresnet18_released': ('resnet18_released', {'skip_init': 1.0}),
+}
+
+
+def images(model, n=2, size=64):
+    channels, height, width = model.default_cfg['input_size']
+    return torch.randn(n, channels, min(size, height), min(size, width))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize(('name', 'plain_name', 'kwargs'), [(k, *v) for k, v in {**TO_TIMM, **TO_OURS}.items()])
+def test_equals_the_plain_net_at_identity(name, plain_name, kwargs, dtype):
+    plain = randomise(timm.create_model(plain_name)).to(dtype).eval()
+    model = timm.create_model(name, **kwargs).to(dtype).eval()
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert missing
+    assert all('merge' in key for key in missing)
+    x = images(model).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize('name', [*TO_TIMM, *TO_OURS])
+def test_plain_argument_gives_the_plain_net(name):
+    plain = timm.create_model({**TO_TIMM, **TO_OURS}[name][0], device='meta')
+    model = timm.create_model(name, plain=True, device='meta')
+    assert type(model) is type(timm.create_model(name, device='meta'))
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in plain.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', model_names())
+def test_a_fresh_net_learns_one_batch(name):
+    model = timm.create_model(name, num_classes=4)
+    x, y = images(model, n=8, size=32), torch.arange(8) % 4
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) / 3 < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize('skip_init', [0.0, 'normal'])
+def test_closed_shortcuts_keep_their_last_norm(skip_init):
+    model = timm.create_model('adaresnet50', skip_init=skip_init)
+    assert all(model.get_submodule(u.name).bn3.weight.all() for u in mapping_units(model) if not u.weight)
+    opened = timm.create_model('adaresnet50', skip_init=1.0)
+    assert not any(opened.get_submodule(u.name).bn3.weight.any() for u in mapping_units(opened))
+
+
+@pytest.mark.parametrize(
+    'name', ['awm_resnet20_cifar', 'adaresnet20_cifar', 'awm_densenet22_bc_cifar', 'adaresnet18_released']
+)
+@pytest.mark.parametrize(('in_chans', 'size'), [(1, 28), (4, 40)])
+def test_other_channels_sizes_and_classes(name, in_chans, size):
+    model = timm.create_model(name, in_chans=in_chans, num_classes=7).eval()
+    assert model.num_classes == 7
+    assert model(torch.randn(2, in_chans, size, size + 8)).shape == (2, 7)
+
+
+@pytest.mark.parametrize('stride', [8, 16])
+@pytest.mark.parametrize('name', ['awm_resnet50', 'adaresnet18'])
+def test_output_stride(name, stride):
+    model = timm.create_model(name, output_stride=stride, features_only=True).eval()
+    assert model(torch.randn(1, 3, 64, 64))[-1].shape[-1] == 64 // stride
+
+
+@pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet20_cifar', 'awm_densenet22_bc_cifar', 'awm_resnet50'])
+def test_gradient_checkpointing_changes_nothing(name):
+    model = timm.create_model(name).double().train()
+    again = copy.deepcopy(model)
+    again.set_grad_checkpointing()
+    x = images(model, n=3).double()
+    for net in (model, again):
+        net(x).square().mean().backward()
+    for (key, p), q in zip(model.named_parameters(), again.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=key)
+
+
+@pytest.mark.parametrize(
+    'name', ['awm_resnet20_cifar', 'adaresnet20_cifar', 'awm_densenet22_bc_cifar', 'adaresnet18_released']
+)
+def test_meta_device_then_load(name):
+    model = timm.create_model(name).eval()
+    with torch.device('meta'):
+        empty = timm.create_model(name)
+    empty = empty.to_empty(device='cpu').eval()
+    empty.load_state_dict(model.state_dict())
+    x = images(model)
+    assert torch.equal(empty(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet18', 'awm_densenet_bc', 'adaresnet18_released'])
+def test_dtype_argument_and_bfloat16(name):
+    model = timm.create_model(name, dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model(images(model).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet20_cifar', 'awm_densenet22_bc_cifar'])
+def test_autocast(name):
+    model = timm.create_model(name)
+    x = images(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_drop_path_drops_whole_branches():
+    model = timm.create_model('adaresnet20_cifar', skip_init=1.0, drop_path_rate=0.999, zero_init_last=False).train()
+    block = model.layer3[2]
+    block.eval()
+    block.drop_path.train()
+    x = torch.rand(64, 64, 8, 8)
+    kept = torch.isclose(block(x), x).flatten(1).all(1).float().mean()
+    assert kept > 0.9
+
+
+def test_weight_decay_spares_skip_weights_and_takes_gates():
+    def decayed(name):
+        model = timm.create_model(name)
+        names = {p: n for n, p in model.named_parameters()}
+        return {
+            names[p]
+            for group in param_groups_weight_decay(model, 0.1)
+            if group['weight_decay']
+            for p in group['params']
+        }
+
+    assert not any('merge' in name for name in decayed('adaresnet20_cifar'))
+    assert sum('merge.gate' in name for name in decayed('awm_resnet20_cifar')) == 2 * 9
+
+
+@pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet20_cifar', 'awm_densenet22_bc_cifar'])
+def test_layer_decay_groups_take_every_parameter(name):
+    model = timm.create_model(name)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, layer_decay=0.9)
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_dense_weights_act_on_what_a_layer_reads_only():
+    model = timm.create_model('awm_densenet22_bc_cifar').eval()
+    block = model.features.denseblock1
+    read = {}
+    for name in ('denselayer2', 'denselayer3'):
+        block[name].merge.register_forward_hook(lambda m, args, out, name=name: read.__setitem__(name, (args[0], out)))
+    torch.nn.init.normal_(block.denselayer2.merge.gate.fc2.weight, std=10.0)
+    model(images(model))
+    given, weighted = read['denselayer2']
+    assert not torch.equal(given, weighted)
+    assert torch.equal(read['denselayer3'][0][:, : given.shape[1]], given)
+
+
+def test_sharing_a_weight_shares_the_parameter():
+    for sharing, weights in (('block', 16), ('kind', 2), ('unified', 1)):
+        model = timm.create_model('adaresnet50', sharing=sharing, device='meta')
+        assert sum(p.ndim == 0 for p in model.parameters()) == weights
+    fixed = timm.create_model('adaresnet50', skip_fixed=True, skip_init=2.0)
+    assert not any(p.ndim == 0 for p in fixed.parameters())
+    assert {unit.weight.item() for unit in mapping_units(fixed)} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'error', 'message'),
+    [
+        ('awm_resnet20_cifar', {'hidden': -1}, ValueError, 'hidden=-1 is not allowed'),
+        ('awm_resnet20_cifar', {'scale': 0}, ValueError, 'scale=0 is not allowed'),
+        ('awm_densenet_bc', {'hidden': 0}, ValueError, 'hidden=0 is not allowed'),
+        ('adaresnet50', {'sharing': 'all'}, ValueError, "sharing='all' is not allowed; choose one of 'block'"),
+        ('adaresnet50', {'skip_init': 'zeros'}, ValueError, "skip_init='zeros' is not allowed"),
+        ('awm_resnet20_cifar', {'in_chans': 0}, ValueError, 'in_chans=0 is not allowed'),
+        ('awm_densenet_bc', {'in_chans': 0}, ValueError, 'in_chans=0 is not allowed'),
+        ('awm_resnet50', {'sharing': 'kind'}, TypeError, "unexpected keyword argument 'sharing'"),
+        ('adaresnet18', {'hidden': 16}, TypeError, "unexpected keyword argument 'hidden'"),
+        ('awm_resnet20_cifar', {'output_stride': 8}, TypeError, 'output_stride'),
+        ('awm_densenet_bc', {'skip_init': 1.0}, TypeError, "unexpected keyword argument 'skip_init'"),
+    ],
+)
+def test_bad_arguments_are_named(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ('name', 'size', 'smallest'),
+    [
+        ('awm_resnet20_cifar', 3, 4),
+        ('awm_resnet50', 31, 32),
+        ('awm_densenet_bc', 2, 4),
+        ('adaresnet18_released', 20, 28),
+    ],
+)
+def test_too_small_an_input_is_refused(name, size, smallest):
+    model = timm.create_model(name).eval()
+    with pytest.raises(
+        AssertionError, match=f'{size}x{size} pixels is too small; this net takes {smallest}x{smallest}'
+    ):
+        model(torch.randn(1, 3, size, size))
+    model(torch.randn(1, 3, smallest, smallest))
