@@ -19,11 +19,12 @@ def add_list(verbs) -> None:
     """`list`: the models, with what they cost."""
     parser = verbs.add_parser('list', help='the models: parameters, MACs, mapping units, input size, checkpoints')
     parser.add_argument('pattern', nargs='?', default='*', help="only names that match, such as 'awm_*cifar'")
+    parser.add_argument('--markdown', action='store_true', help='print a Markdown table')
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis.listing import model_table
 
-        print(model_table(args.pattern))
+        print(model_table(args.pattern, args.markdown))
 
     parser.set_defaults(run=run)
 

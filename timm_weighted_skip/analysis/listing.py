@@ -52,8 +52,8 @@ def model_cost(name: str) -> ModelCost:
     return ModelCost(name, params, counter.get_total_flops() // 2, units, input_size, tags)
 
 
-def model_table(pattern: str = '*') -> str:
-    """A text table of the models that match `pattern`.
+def model_table(pattern: str = '*', markdown: bool = False) -> str:
+    """A table of the models that match `pattern`, as aligned text or in Markdown.
 
     Raises:
         ValueError: None matches.
@@ -63,11 +63,11 @@ def model_table(pattern: str = '*') -> str:
         size = 'x'.join(map(str, cost.input_size))
         tags = ', '.join(cost.tags[:3]) + (f' and {len(cost.tags) - 3} more' if len(cost.tags) > 3 else '') or '-'
         rows.append((cost.name, f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e6:.1f}', str(cost.units), size, tags))
+    if markdown:
+        rows.insert(1, ('---', '---:', '---:', '---:', '---', '---'))
+        return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join(_line(row, widths) for row in rows)
-
-
-def _line(cells: tuple[str, ...], widths: list[int]) -> str:
-    """One row, the numbers to the right."""
-    padded = (c.rjust(w) if 0 < i < 4 else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-    return '  '.join(padded).rstrip()
+    return '\n'.join(
+        '  '.join(c.rjust(w) if 0 < i < 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,53 @@
+"""The command line: what a person sees, and one line for what they can mend."""
+
+import subprocess
+import sys
+
+import pytest
+
+from timm_weighted_skip import cli
+
+
+def test_list_shows_costs_and_units(capsys):
+    assert cli.main(['list', 'awm_resnet20*']) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == 'model'
+    assert row.split() == ['awm_resnet20_cifar', '0.284', '40.8', '9', '3x32x32', '-']
+
+
+def test_unknown_name_lists_near_ones(capsys):
+    assert cli.main(['list', 'awm_resnet33_cifar']) == 1
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert "'awm_resnet33_cifar'" in error
+    assert 'awm_resnet32_cifar' in error
+
+
+def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path):
+    assert cli.main(['quickstart', '--epochs', '4', '--period', '2', '--seeds', '1', '--out', str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    accuracies = [float(line.split()[2]) for line in printed.out.splitlines() if line.endswith('% (n=1)')]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 80  # chance is 10
+    assert 'layer3.1' in printed.out
+    assert 'phase=gates' in printed.err
+    assert (tmp_path / 'weights.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize(('argument', 'value'), [('--epochs', '0'), ('--seeds', '0'), ('--period', '-1')])
+def test_quickstart_refuses_bad_numbers(argument, value, capsys):
+    assert cli.main(['quickstart', argument, value]) == 1
+    assert f'{argument[2:]}={value} is not' in capsys.readouterr().err
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    assert cli.main(['quickstart']) == 1
+    assert "pip install 'timm-weighted-skip[analysis]'" in capsys.readouterr().err
+
+
+def test_importing_loads_nothing_heavy():
+    code = 'import timm, sys; before = set(sys.modules); import timm_weighted_skip; print(*set(sys.modules) - before)'
+    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert 'timm_weighted_skip.models.awm_resnet' in loaded
+    assert [name for name in loaded if not name.startswith('timm_weighted_skip')] == []

@@ -1,0 +1,33 @@
+"""The README: its snippets run, in order and in one session as a reader would run them, and its table is current."""
+
+import re
+from pathlib import Path
+
+import timm
+
+from timm_weighted_skip.analysis.listing import model_table
+
+README = (Path(__file__).parent.parent / 'README.md').read_text()
+
+
+def test_snippets_run():
+    session: dict = {}
+    snippets = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    assert snippets
+    for number, snippet in enumerate(snippets):
+        exec(compile(snippet, f'README snippet {number}', 'exec'), session)
+
+
+def test_model_table_is_the_printed_one(monkeypatch):
+    table = re.search(r'<!-- models -->\n(.*?)\n<!-- /models -->', README, re.DOTALL)
+    # The tags are those of the installed timm, so only the rest is compared.
+    shown, printed = (
+        re.sub(r'[^|]*\|$', '', text, flags=re.MULTILINE) for text in (table.group(1), model_table(markdown=True))
+    )
+    assert shown == printed
+
+
+def test_every_script_that_is_named_exists():
+    for script in set(re.findall(r'scripts/[\w.]+', README)):
+        assert (Path(__file__).parent.parent / script).exists(), script
+    assert timm.is_model('awm_resnet50')
