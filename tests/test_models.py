@@ -1,6 +1,7 @@
 """The nets: equal to timm's plain ones at identity, trainable from the start, complete in timm's ways of use."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -47,9 +48,10 @@ def test_equals_the_plain_net_at_identity(name, plain_name, kwargs, dtype):
 
 @pytest.mark.parametrize('name', [*TO_TIMM, *TO_OURS])
 def test_plain_argument_gives_the_plain_net(name):
-    plain = timm.create_model({**TO_TIMM, **TO_OURS}[name][0], device='meta')
-    model = timm.create_model(name, plain=True, device='meta')
-    assert type(model) is type(timm.create_model(name, device='meta'))
+    with torch.device('meta'):
+        plain = timm.create_model({**TO_TIMM, **TO_OURS}[name][0])
+        model = timm.create_model(name, plain=True)
+        assert type(model) is type(timm.create_model(name))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     assert shapes == {key: value.shape for key, value in plain.state_dict().items()}
 
@@ -121,10 +123,19 @@ def test_meta_device_then_load(name):
 
 
 @pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet18', 'awm_densenet_bc', 'adaresnet18_released'])
-def test_dtype_argument_and_bfloat16(name):
-    model = timm.create_model(name, dtype=torch.bfloat16).eval()
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+def test_bfloat16(name):
+    model = timm.create_model(name).bfloat16().eval()
     assert model(images(model).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet18', 'awm_densenet_bc', 'adaresnet18_released'])
+def test_dtype_argument_where_timm_has_it(name):
+    if 'dtype' not in inspect.signature(timm.models.ResNet).parameters:  # before timm 1.0.21
+        with pytest.raises(TypeError, match='dtype'):
+            timm.create_model(name, dtype=torch.bfloat16)
+    else:
+        model = timm.create_model(name, dtype=torch.bfloat16)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet20_cifar', 'awm_densenet22_bc_cifar'])
@@ -184,7 +195,7 @@ def test_dense_weights_act_on_what_a_layer_reads_only():
 
 def test_sharing_a_weight_shares_the_parameter():
     for sharing, weights in (('block', 16), ('kind', 2), ('unified', 1)):
-        model = timm.create_model('adaresnet50', sharing=sharing, device='meta')
+        model = timm.create_model('adaresnet50', sharing=sharing)
         assert sum(p.ndim == 0 for p in model.parameters()) == weights
     fixed = timm.create_model('adaresnet50', skip_fixed=True, skip_init=2.0)
     assert not any(p.ndim == 0 for p in fixed.parameters())

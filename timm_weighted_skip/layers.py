@@ -200,8 +200,8 @@ class ActiveWeightedMapping(nn.Module):
         if self.gate is None:
             return residual + shortcut
         z = torch.cat([residual.mean((2, 3)), shortcut.mean((2, 3))], dim=1)  # (N, 2C)
-        weight = self.gate(z).to(residual.dtype)[:, :, None, None, None]  # (N, 2, 1, 1, 1)
-        return weight[:, 0] * residual + weight[:, 1] * shortcut  # (N, C, H, W)
+        of_residual, of_shortcut = self.gate(z).to(residual.dtype)[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
+        return of_residual * residual + of_shortcut * shortcut  # (N, C, H, W)
 
 
 class ActiveWeightedConcat(nn.Module):
@@ -242,8 +242,8 @@ class ActiveWeightedConcat(nn.Module):
         weight = self.gate(x.mean((2, 3))).to(x.dtype)  # (N, K)
         per_channel: List[torch.Tensor] = []  # noqa: UP006
         for k, width in enumerate(self.widths):
-            per_channel.append(weight[:, k : k + 1].expand(-1, width))
-        return x * torch.cat(per_channel, dim=1)[:, :, None, None]  # (N, C, H, W)
+            per_channel.append(weight.narrow(1, k, 1).expand(-1, width))
+        return x * torch.cat(per_channel, dim=1)[..., None, None]  # (N, C, H, W)
 
     def extra_repr(self) -> str:
         return f'widths={self.widths}'
