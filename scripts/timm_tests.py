@@ -9,7 +9,7 @@ checkpoints are left out.
 """
 
 import argparse
-import fnmatch
+import os
 import subprocess
 import sys
 import tarfile
@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import timm
 
-import timm_weighted_skip  # noqa: F401  registers the models
+from timm_weighted_skip.models.names import model_names
 
-CACHE = Path(__file__).resolve().parent.parent / '.cache'
-PACKAGE = 'timm_weighted_skip.'
+HERE = Path(__file__).resolve().parent
+CACHE = HERE.parent / '.cache'
 NEEDS_NETWORK = ('test_model_load_pretrained', 'test_model_features_pretrained', 'test_model_inference')
 
 
@@ -37,30 +37,36 @@ def fetch_tests() -> Path:
     return folder / 'tests'
 
 
-class OurModels:
-    """Keeps the tests of our names, and has timm's choices by module take our modules in."""
+# This file is also the pytest plugin that picks the tests, so that the workers of `-n` load it by its name.
 
-    def __init__(self, pattern: str) -> None:
-        entrypoints = {name: timm.models.model_entrypoint(name) for name in timm.list_models()}
-        ours = {name: fn.__module__ for name, fn in entrypoints.items() if fn.__module__.startswith(PACKAGE)}
-        self.names = set(fnmatch.filter(ours, pattern))
-        modules = sorted({module.rsplit('.', 1)[1] for module in ours.values()})
-        list_models = timm.list_models
 
-        def list_models_with_ours(filter='', module='', **kwargs):
-            # timm's tests give a list of modules; a single name is a user's choice.
-            return list_models(filter, module=[*module, *modules] if isinstance(module, list) else module, **kwargs)
+def pytest_addoption(parser) -> None:
+    parser.addoption('--names', default='*', help='only the models that match')
 
-        timm.list_models = list_models_with_ours  # type: ignore[assignment]
 
-    def pytest_collection_modifyitems(self, config, items) -> None:
-        def wanted(item) -> bool:
-            name = item.callspec.params.get('model_name', '') if hasattr(item, 'callspec') else ''
-            return name.split('.')[0] in self.names and item.originalname not in NEEDS_NETWORK
+def pytest_configure(config) -> None:
+    """Have timm's choices by module take our modules in."""
+    modules = sorted({timm.models.model_entrypoint(name).__module__.rpartition('.')[2] for name in model_names()})
+    list_models = timm.list_models
 
-        kept = [item for item in items if wanted(item)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+    def list_models_with_ours(filter='', module='', **kwargs):
+        # timm's tests give a list of modules; a single name is a user's choice.
+        return list_models(filter, module=[*module, *modules] if isinstance(module, list) else module, **kwargs)
+
+    timm.list_models = list_models_with_ours  # type: ignore[assignment]
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Keep the tests of our names."""
+    names = set(model_names(config.getoption('names')))
+
+    def wanted(item) -> bool:
+        name = item.callspec.params.get('model_name', '') if hasattr(item, 'callspec') else ''
+        return name.split('.')[0] in names and item.originalname not in NEEDS_NETWORK
+
+    kept = list(filter(wanted, items))
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def main() -> int:
@@ -69,8 +75,10 @@ def main() -> int:
     parser.add_argument('--tests', type=Path, metavar='DIR', help="timm's tests folder")
     args, pytest_args = parser.parse_known_args()
     tests = args.tests or fetch_tests()
-    common = [str(tests / 'test_models.py'), f'--rootdir={tests.parent}', '-p', 'no:cacheprovider']
-    return pytest.main([*common, *pytest_args], plugins=[OurModels(args.names)])
+    sys.path.insert(0, str(HERE))
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(HERE), os.environ.get('PYTHONPATH')]))
+    common = [str(tests / 'test_models.py'), f'--rootdir={tests.parent}', '-p', 'no:cacheprovider', '-p', 'timm_tests']
+    return pytest.main([*common, '--names', args.names, *pytest_args])
 
 
 if __name__ == '__main__':
