@@ -1,0 +1,145 @@
+"""What the analysis verbs of the command line do with their parsed arguments."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from torch import nn
+
+from timm_weighted_skip.analysis.collect import Collected, collect
+from timm_weighted_skip.analysis.curves import curves, read_run, sweep
+from timm_weighted_skip.analysis.data import LabelledImages, load_images
+from timm_weighted_skip.analysis.discriminate import discriminate
+from timm_weighted_skip.analysis.extremes import extreme_images
+from timm_weighted_skip.analysis.inspection import gate_table, rounds_table, skip_rounds, unit_table
+from timm_weighted_skip.analysis.nets import load_net
+from timm_weighted_skip.analysis.report import html_report, key_table
+from timm_weighted_skip.analysis.tables import Result, require, write_file
+from timm_weighted_skip.analysis.units import gates, mapping_units
+from timm_weighted_skip.analysis.variance import group_variance
+
+__all__ = [
+    'curve_result',
+    'discriminate_result',
+    'extremes_result',
+    'inspect_result',
+    'variance_result',
+    'write_report',
+]
+
+
+def _load(args: argparse.Namespace, split: str = 'validation') -> tuple[nn.Module, LabelledImages]:
+    """The net on its device and the images."""
+    net = load_net(args.model, args.checkpoint, **args.model_kwargs)
+    mapping_units(net)  # says what is wrong with the net before the data is looked at
+    overrides = {name: getattr(args, name) for name in ('input_size', 'mean', 'std')}
+    return net.to(args.device), load_images(args.data, net, args.data_dir, split, **overrides)
+
+
+def _collect(args: argparse.Namespace, net: nn.Module, images: LabelledImages, controls: bool = False) -> Collected:
+    return collect(net, images.loader(args.batch_size, args.workers), controls)
+
+
+def inspect_result(args: argparse.Namespace) -> Result:
+    """The weights of one net's units; of several AdaResNets' side by side."""
+    checkpoints: Sequence[Optional[str]] = args.checkpoint or [None]
+    if args.data is None:
+        nets = [load_net(args.model, checkpoint, **args.model_kwargs) for checkpoint in checkpoints]
+        if len(nets) == 1 and gates(nets[0]):
+            return unit_table(nets[0])
+        return rounds_table(nets)
+    if len(checkpoints) > 1:
+        raise ValueError(
+            f'{len(checkpoints)} checkpoints with --data; an AWM net is inspected one checkpoint at a time'
+        )
+    args.checkpoint = checkpoints[0]
+    net, images = _load(args)
+    return gate_table(_collect(args, net, images), images.classes if args.per_class else None)
+
+
+def variance_result(args: argparse.Namespace) -> Result:
+    """The variance of skip weights within and between groups of checkpoints."""
+    groups: dict[str, np.ndarray] = {}
+    names: list[str] = []
+    for name, *members in args.group:
+        if name in groups:
+            raise ValueError(f'group {name!r} is given twice; give its checkpoints together')
+        if not members:
+            raise ValueError(f'group {name!r} has no checkpoints; give --group NAME CHECKPOINT CHECKPOINT ...')
+        if args.model is None and any(Path(member).is_file() for member in members):
+            raise ValueError(f'group {name!r} has files of weights; name the model that they are of with --model')
+        nets = [
+            load_net(args.model, member, **args.model_kwargs)
+            if args.model and not Path(member).is_dir()
+            else load_net(member, **args.model_kwargs)
+            for member in members
+        ]
+        units, groups[name] = skip_rounds(nets)
+        names = names or [unit.name for unit in units]
+    return group_variance(groups, names)
+
+
+def extremes_result(args: argparse.Namespace) -> Result:
+    """The images with the lowest and the highest sum of weights."""
+    net, images = _load(args)
+    return extreme_images(_collect(args, net, images), images.classes, images.picture, args.count)
+
+
+def discriminate_result(args: argparse.Namespace) -> Result:
+    """How well weights tell classes, against pixels, features and random gates."""
+    require('sklearn')
+    net, train_images = _load(args, 'train')
+    _, test_images = _load(args)
+    train, test = (_collect(args, net, images, controls=True) for images in (train_images, test_images))
+    return discriminate(train, test, args.dims, args.pca_variance, args.max_rank, args.seed)
+
+
+def curve_result(args: argparse.Namespace) -> Result:
+    """Curves of runs or, with `against`, what they end at."""
+    runs = [read_run(folder) for folder in args.run]
+    return sweep(runs, args.against) if args.against else curves(runs, args.error)
+
+
+def write_report(args: argparse.Namespace) -> Path:
+    """Write the HTML page; returns its path."""
+    require('jinja2', 'matplotlib')
+    sections: dict[str, Result] = {}
+    folder = Path(args.model)
+    logged = any((folder / name).is_file() for name in ('log.jsonl', 'summary.csv'))
+    if args.data is None:
+        net = load_net(args.model, args.checkpoint, **args.model_kwargs)
+        weights = unit_table(net) if gates(net) else rounds_table([net])
+    else:
+        net, images = _load(args)
+        collected = _collect(args, net, images)
+        weights = gate_table(collected, images.classes)
+    sections['Model'] = Result(about=_model_facts(net), tables={})
+    if logged:
+        run = read_run(folder)
+        if run.result:
+            sections['Run'] = Result(dict(key_table(run.result).rows), {})  # type: ignore[arg-type]
+        sections['Curves'] = curves([run])
+    sections['Weights'] = weights
+    if args.data is not None and 'concat' not in collected.kinds:
+        sections['Extremes'] = extreme_images(collected, images.classes, images.picture)
+    out = Path(args.out)
+    title = f'{folder.resolve().name if folder.is_dir() else args.model}: weights of the mapping units'
+    write_file(out, html_report(title, sections))
+    return out
+
+
+def _model_facts(net: nn.Module) -> dict[str, Any]:
+    cfg: Any = getattr(net, 'pretrained_cfg', {})
+    units = mapping_units(net)
+    return {
+        'architecture': cfg.get('architecture', type(net).__name__),
+        'tag': cfg.get('tag'),
+        'parameters': f'{sum(p.numel() for p in net.parameters()):,}',
+        'of them in gates': f'{sum(p.numel() for gate in gates(net).values() for p in gate.parameters()):,}',
+        'mapping units': f'{len(units)} ({sum(unit.kind == "projection" for unit in units)} with a projection)',
+        'classes': str(net.num_classes),
+        'input size': ' x '.join(map(str, cfg.get('input_size', ()))),
+        'license': cfg.get('license'),
+    }

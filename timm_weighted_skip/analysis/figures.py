@@ -1,0 +1,97 @@
+"""One look for all pictures: a journal column wide, colour-blind safe, text of 8 points."""
+
+import io
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from timm_weighted_skip.analysis.tables import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ['COLOURS', 'COLUMN', 'STYLE', 'label_units', 'new_figure', 'render']
+
+COLUMN = 3.5  # inches: 89 mm, a column of a two-column page
+
+# Okabe and Ito's colours, which stay apart under every kind of colour blindness; their yellow is too light for lines.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+
+STYLE: Any = {
+    'font.size': 8,
+    'axes.titlesize': 8,
+    'axes.labelsize': 8,
+    'legend.fontsize': 7,
+    'xtick.labelsize': 7,
+    'ytick.labelsize': 7,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.linewidth': 0.6,
+    'axes.axisbelow': True,
+    'lines.linewidth': 1.2,
+    'lines.markersize': 3,
+    'legend.frameon': False,
+    'savefig.dpi': 300,
+    'svg.hashsalt': 'weighted-skip',  # the same picture is the same file
+}
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, width: float = COLUMN, height: float = 2.4, **grid: Any
+) -> tuple['Figure', Any]:
+    """A figure of `width` x `height` inches in the common style and its axes, as from `Figure.subplots`."""
+    require('matplotlib')
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        # Not pyplot's, which would keep the figure and look for a display.
+        figure = Figure(figsize=(width, height), layout='constrained')
+        return figure, figure.subplots(rows, columns, **grid)
+
+
+def colour(index: int) -> tuple[str, str]:
+    """Colour and line style of curve number `index`; the style changes when the colours begin again."""
+    return COLOURS[index % len(COLOURS)], ('-', '--', ':', '-.')[index // len(COLOURS) % 4]
+
+
+def legend(axes: 'Axes', **kwargs: Any) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        axes.legend(**kwargs)
+
+
+def label_units(axes: 'Axes', units: Sequence[str], names: bool = True) -> None:
+    """Number the mapping units 1..U on the x axis, part the net's stages by lines and name those that are wide enough.
+
+    Args:
+        axes: With unit number u drawn at x = u.
+        units: Their names.
+        names: Write the stages' names on top.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    start = 0.5
+    for stage, members in groupby(units, key=lambda unit: unit.removeprefix('features.').split('.')[0].split('[')[0]):
+        width = len(list(members))
+        if start > 0.5:
+            axes.axvline(start, color='0.85', linewidth=0.6, zorder=0)
+        if names and width > 0.12 * len(units):
+            axes.text(start + width / 2, 1.01, stage, transform=axes.get_xaxis_transform(), ha='center', va='bottom',
+                      fontsize=7, color='0.35')  # fmt: skip
+        start += width
+    axes.set_xlim(0.5, start)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def render(figure: 'Figure', form: str) -> bytes:
+    """The bytes of `figure` as 'png' or 'svg'."""
+    import matplotlib
+
+    out = io.BytesIO()
+    metadata = {'Date': None} if form == 'svg' else {}
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(out, format=form, metadata=metadata)
+    return out.getvalue()
