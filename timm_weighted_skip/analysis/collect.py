@@ -1,6 +1,5 @@
 """The weights that an AWM net infers for every image of a data set, in one pass."""
 
-import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -69,9 +68,10 @@ class _Controls:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for name, gate in gates(model).items():
-                fresh = copy.deepcopy(gate)
-                fresh.fc1.reset_parameters()
-                fresh.fc2.reset_parameters()
+                # Made anew, because a deep copy takes the hooks along that read the trained gate.
+                like, (paths, hidden) = gate.fc1.weight, gate.fc2.weight.shape
+                fresh = Gate(like.shape[1], hidden, paths, gate.scale, device=like.device, dtype=like.dtype)
+                fresh.fc2.reset_parameters()  # which `Gate` starts at 0
                 self.handles.append(gate.register_forward_hook(self._read(name, fresh)))
         self.handles.append(model.get_classifier().register_forward_pre_hook(self._keep))
 

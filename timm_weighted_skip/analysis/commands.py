@@ -98,7 +98,7 @@ def discriminate_result(args: argparse.Namespace) -> Result:
 
 def curve_result(args: argparse.Namespace) -> Result:
     """Curves of runs or, with `against`, what they end at."""
-    runs = [read_run(folder) for folder in args.run]
+    runs = [read_run(folder) for folder in args.runs]
     return sweep(runs, args.against) if args.against else curves(runs, args.error)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
 
-from timm_weighted_skip.analysis.figures import colour, legend, new_figure
+from timm_weighted_skip.analysis.figures import colour, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -169,8 +169,10 @@ def _shade(axes: 'Axes', runs: Sequence[Run]) -> None:
             axes.axvspan(first - 0.5, last + 0.5, color='0.9', linewidth=0, zorder=0, label=label)
 
 
+@styled
 def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Figure':
-    figure, (top, bottom) = new_figure(2, height=4.2, sharex=True)
+    figure = new_figure(height=4.2)
+    top, bottom = figure.subplots(2, sharex=True)
     for index, (name, run) in enumerate(zip(names, runs)):
         hue, style = colour(index)
         epoch = run.values('epoch')
@@ -186,21 +188,24 @@ def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Fig
     top.set_ylabel('top-1 error (%)' if error else 'top-1 accuracy (%)')
     bottom.set_ylabel('loss (nats)')
     bottom.set_xlabel('epoch (number); thick: test, thin: training')
-    legend(top, loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=1 if max(map(len, names)) > 24 else 2)
+    top.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=1 if max(map(len, names)) > 24 else 2)
     return figure
 
 
+@styled
 def _draw_sweep(rows: Sequence[Sequence[Any]], against: str) -> 'Figure':
-    figure, axes = new_figure()
+    figure = new_figure()
+    axes = figure.subplots()
     for index, series in enumerate(dict.fromkeys(row[0] for row in rows)):
         hue, style = colour(index)
         x, error, deviation = zip(*[(row[1], row[3], row[4] or 0.0) for row in rows if row[0] == series])
         axes.errorbar(
             x, error, deviation, color=hue, linestyle=style, marker='os^D'[index % 4], capsize=2, label=series
         )
-    axes.set_xlabel(f'{against.rsplit(".", 1)[-1]}' + (' (layers)' if against == 'depth' else ''))
+    field = against.rsplit('.', 1)[-1]
+    axes.set_xlabel({'depth': 'depth (layers)', 'alternate_freeze': 'period t (epochs)'}.get(field, field))
     axes.set_ylabel('top-1 error, last epoch (%)')
     axes.set_xticks(sorted({row[1] for row in rows}))
     axes.xaxis.set_major_formatter('{x:g}')
-    legend(axes)
+    axes.legend()
     return figure

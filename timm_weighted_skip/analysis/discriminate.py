@@ -3,6 +3,9 @@
 Feature vector -> PCA -> LDA to 30 dimensions -> Euclidean distance to the class means of the training set. The rank-k
 identification rate is the share of test images whose class is among the k nearest means. The paper compares the
 weights with the raw pixels; the net's last features and gates that were never trained put both in proportion.
+
+Every entry of a vector is first scaled to unit variance: PCA, which looks at variance alone, would else drop the units
+whose weights move little, however well these tell classes.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from timm_weighted_skip.analysis.collect import Collected
-from timm_weighted_skip.analysis.figures import colour, legend, new_figure
+from timm_weighted_skip.analysis.figures import colour, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table, require
 
 if TYPE_CHECKING:
@@ -40,15 +43,18 @@ def true_class_ranks(
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.metrics import pairwise_distances
     from sklearn.neighbors import NearestCentroid
+    from sklearn.preprocessing import StandardScaler
 
-    pca = PCA(n_components=variance, svd_solver='covariance_eigh').fit(train)
+    scaler = StandardScaler().fit(train)
+    scaled = scaler.transform(train)
+    pca = PCA(n_components=variance, svd_solver='covariance_eigh').fit(scaled)
     kept = min(dims, len(np.unique(train_labels)) - 1, pca.n_components_)
-    reduced = pca.transform(train)
+    reduced = pca.transform(scaled)
     lda = LinearDiscriminantAnalysis(n_components=kept).fit(reduced, train_labels)
     means = NearestCentroid().fit(lda.transform(reduced), train_labels)
-    distance = pairwise_distances(lda.transform(pca.transform(test)), means.centroids_)  # (N, K)
+    distance = pairwise_distances(lda.transform(pca.transform(scaler.transform(test))), means.centroids_)  # (N, K)
     own = distance[np.arange(len(labels)), np.searchsorted(means.classes_, labels)]
-    return (distance < own[:, None]).sum(1), int(pca.n_components_), kept
+    return (distance < own[:, None]).sum(1), int(pca.n_components_), int(kept)
 
 
 def bootstrap_interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
@@ -122,8 +128,10 @@ def discriminate(
     return Result(about, tables, {'discriminate': lambda: _draw(tables['discriminate'], sizes, 100 / len(classes))})
 
 
+@styled
 def _draw(table: Table, sizes: list[list], chance: float) -> 'Figure':
-    figure, axes = new_figure(height=2.8)
+    figure = new_figure(height=2.8)
+    axes = figure.subplots()
     top = max(row[1] for row in table.rows)
     for index, (name, dimensions, *_) in enumerate(sizes):
         hue, _ = colour(index)
@@ -136,5 +144,5 @@ def _draw(table: Table, sizes: list[list], chance: float) -> 'Figure':
     axes.set_ylim(0, 102)
     axes.set_xlabel('rank $k$ (number of classes)')
     axes.set_ylabel('identification rate (%)')
-    legend(axes, title='vector (dimensions)', loc='lower right', title_fontsize=7)
+    axes.legend(title='vector (dimensions)', loc='lower right')
     return figure

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from timm_weighted_skip.analysis.collect import Collected
-from timm_weighted_skip.analysis.figures import COLUMN, new_figure
+from timm_weighted_skip.analysis.figures import COLUMN, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -58,18 +58,19 @@ def extreme_images(
     return Result(about, {'extremes': Table(columns, rows)}, {'extremes': lambda: _draw(sheet)})
 
 
+@styled
 def _draw(sheet: dict[str, list[tuple[Image.Image, str, float]]], columns: int = 8) -> 'Figure':
     rows = -(-len(sheet['lowest']) // columns)
     width = 2 * COLUMN
-    figure, _ = new_figure(width=width, height=2 * (rows * 1.12 * width / columns + 0.3))
-    figure.clear()
+    figure = new_figure(width=width, height=2 * (rows * 1.12 * width / columns + 0.3))
     parts: Any = figure.subfigures(2, 1)
     for part, (end, images) in zip(parts, sheet.items()):
-        part.suptitle(rf'{end} sum of $\lambda_1$ over the mapping units (number under each image)', fontsize=8)
+        part.suptitle(rf'{end} sum of $\lambda_1$ over the mapping units (the number under each image)', fontsize=8)
         for axes, entry in zip(part.subplots(rows, columns, squeeze=False).flat, images + [None] * columns):
-            axes.set_axis_off()
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
             if entry is not None:
                 image, name, value = entry
                 axes.imshow(image, cmap='gray' if image.mode == 'L' else None, interpolation='none')
-                axes.set_title(f'{name}\n{value:.2f}', y=-0.02, va='top', fontsize=7)
+                axes.set_xlabel(f'{name}\n{value:.2f}', fontsize=7)
     return figure

@@ -1,9 +1,10 @@
 """One look for all pictures: a journal column wide, colour-blind safe, text of 8 points."""
 
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from timm_weighted_skip.analysis.tables import require
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['COLOURS', 'COLUMN', 'STYLE', 'label_units', 'new_figure', 'render']
+__all__ = ['COLUMN', 'colour', 'label_units', 'new_figure', 'render', 'styled']
 
 COLUMN = 3.5  # inches: 89 mm, a column of a two-column page
 
@@ -32,35 +33,39 @@ STYLE: Any = {
     'lines.linewidth': 1.2,
     'lines.markersize': 3,
     'legend.frameon': False,
+    'legend.title_fontsize': 7,
     'savefig.dpi': 300,
     'svg.hashsalt': 'weighted-skip',  # the same picture is the same file
 }
 
 
-def new_figure(
-    rows: int = 1, columns: int = 1, width: float = COLUMN, height: float = 2.4, **grid: Any
-) -> tuple['Figure', Any]:
-    """A figure of `width` x `height` inches in the common style and its axes, as from `Figure.subplots`."""
-    require('matplotlib')
-    import matplotlib
+Draw = TypeVar('Draw', bound=Callable[..., Any])
+
+
+def styled(draw: Draw) -> Draw:
+    """Have a function that draws do so in the common style, or say what to install."""
+
+    @functools.wraps(draw)
+    def in_style(*args: Any, **kwargs: Any) -> Any:
+        require('matplotlib')
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style  # type: ignore[return-value]
+
+
+def new_figure(width: float = COLUMN, height: float = 2.4) -> 'Figure':
+    """An empty figure of `width` x `height` inches; not pyplot's, which would keep it and look for a display."""
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
-        # Not pyplot's, which would keep the figure and look for a display.
-        figure = Figure(figsize=(width, height), layout='constrained')
-        return figure, figure.subplots(rows, columns, **grid)
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def colour(index: int) -> tuple[str, str]:
     """Colour and line style of curve number `index`; the style changes when the colours begin again."""
     return COLOURS[index % len(COLOURS)], ('-', '--', ':', '-.')[index // len(COLOURS) % 4]
-
-
-def legend(axes: 'Axes', **kwargs: Any) -> None:
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        axes.legend(**kwargs)
 
 
 def label_units(axes: 'Axes', units: Sequence[str], names: bool = True) -> None:
@@ -86,12 +91,9 @@ def label_units(axes: 'Axes', units: Sequence[str], names: bool = True) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+@styled
 def render(figure: 'Figure', form: str) -> bytes:
     """The bytes of `figure` as 'png' or 'svg'."""
-    import matplotlib
-
     out = io.BytesIO()
-    metadata = {'Date': None} if form == 'svg' else {}
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(out, format=form, metadata=metadata)
+    figure.savefig(out, format=form, metadata={'Date': None} if form == 'svg' else {})
     return out.getvalue()

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from timm_weighted_skip.analysis.collect import Collected
-from timm_weighted_skip.analysis.figures import colour, label_units, legend, new_figure
+from timm_weighted_skip.analysis.figures import colour, label_units, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 from timm_weighted_skip.analysis.units import MappingUnit, mapping_units
 
@@ -94,8 +94,10 @@ def gate_table(collected: Collected, classes: Optional[Sequence[str]] = None) ->
     return result
 
 
+@styled
 def _draw_rounds(units: Sequence[MappingUnit], w: np.ndarray) -> 'Figure':
-    figure, axes = new_figure()
+    figure = new_figure()
+    axes = figure.subplots()
     number = np.arange(1, len(w) + 1)
     axes.axhline(0, color='0.7', linewidth=0.6)
     for r, values in enumerate(w.T):
@@ -107,12 +109,14 @@ def _draw_rounds(units: Sequence[MappingUnit], w: np.ndarray) -> 'Figure':
     axes.set_xlabel('mapping unit (number)')
     axes.set_ylabel('skip weight $w$ (no unit)')
     if w.shape[1] > 1:
-        legend(axes, ncols=2)
+        axes.legend(ncols=2)
     return figure
 
 
+@styled
 def _draw_gates(collected: Collected) -> 'Figure':
-    figure, (top, bottom) = new_figure(2, height=3.2, sharex=True, height_ratios=(2, 1))
+    figure = new_figure(height=3.2)
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     weights, number = collected.weights, np.arange(1, len(collected.units) + 1)
     hue, accent = colour(0)[0], colour(1)[0]
     top.fill_between(
@@ -123,21 +127,24 @@ def _draw_gates(collected: Collected) -> 'Figure':
     label_units(top, collected.units)
     label_units(bottom, collected.units, names=False)
     top.set_ylabel(r'weight $\lambda_1$ (no unit)')
-    legend(top, ncols=3, loc='upper center', bbox_to_anchor=(0.5, 1.32), columnspacing=1)
+    top.legend(ncols=3, loc='upper center', bbox_to_anchor=(0.5, 1.32), columnspacing=1)
     bottom.bar(number, weights.var(0), color=accent)
     bottom.set_ylabel(r'variance of $\lambda_1$')
     bottom.set_xlabel('mapping unit (number)')
     return figure
 
 
+@styled
 def _draw_classes(means: np.ndarray, classes: Sequence[str], units: Sequence[str]) -> 'Figure':
-    figure, axes = new_figure(height=min(9.0, 1.2 + 0.13 * len(classes)))
+    figure = new_figure(height=min(9.0, 1.2 + 0.13 * len(classes)))
+    axes = figure.subplots()
     limit = max(float(np.abs(means).max()), 1e-6)
     extent = (0.5, len(units) + 0.5, len(classes) - 0.5, -0.5)
     image = axes.imshow(means, cmap='PuOr', vmin=-limit, vmax=limit, aspect='auto', extent=extent, interpolation='none')
     label_units(axes, units)
     axes.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) <= 20 else 4)
     axes.set_xlabel('mapping unit (number)')
+    axes.set_ylabel('class')
     bar = figure.colorbar(image, ax=axes)
     bar.set_label(r'mean $\lambda_1$ minus the plain net' + "'s")
     return figure

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -45,7 +46,9 @@ def write_file(path: Path, content: Union[str, bytes]) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return '-'
-    return f'{value:.4f}' if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f'{value:.1e}' if 0 < abs(value) < 5e-4 else f'{value:.4f}'
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ class Table:
         return out.getvalue()
 
     def records(self) -> list[dict[str, Any]]:
-        return [dict(zip(self.columns, row)) for row in self.rows]
+        """For JSON, which has no numbers that are not finite: those are None."""
+        finite = [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in self.rows]
+        return [dict(zip(self.columns, row)) for row in finite]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from timm_weighted_skip.analysis.figures import colour, label_units, legend, new_figure
+from timm_weighted_skip.analysis.figures import colour, label_units, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ def group_variance(groups: Mapping[str, np.ndarray], units: Sequence[str]) -> Re
     return Result({'mapping units': len(units)}, tables, {'variance': lambda: _draw(sizes, units)})
 
 
+@styled
 def _draw(sizes: Mapping[str, np.ndarray], units: Sequence[str]) -> 'Figure':
-    figure, axes = new_figure()
+    figure = new_figure()
+    axes = figure.subplots()
     number = np.arange(1, len(units) + 1)
     for index, (name, w) in enumerate(sizes.items()):
         hue, style = colour(index)
@@ -66,5 +68,5 @@ def _draw(sizes: Mapping[str, np.ndarray], units: Sequence[str]) -> 'Figure':
     axes.set_ylim(bottom=0)
     axes.set_xlabel('mapping unit (number)')
     axes.set_ylabel('skip weight $|w|$ (no unit)')
-    legend(axes)
+    axes.legend()
     return figure
