@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Optional
 
+import torch
+
 import timm_weighted_skip
 
 __all__ = ['main']
@@ -27,11 +29,12 @@ def add_list(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_net_arguments(parser: argparse.ArgumentParser, checkpoints: Optional[str] = None) -> None:
+def _add_net_arguments(parser: argparse.ArgumentParser, several: Optional[str] = None) -> None:
     from timm.utils import ParseKwargs
 
-    parser.add_argument('model', help='registered name, folder with config.json, local-dir:FOLDER or hf-hub:REPOSITORY')
-    parser.add_argument('--checkpoint', metavar='FILE', nargs=checkpoints, help="weights in place of the model's own")
+    parser.add_argument('model', nargs=several,
+                        help='name, run, folder with config.json, local-dir:FOLDER or hf-hub:REPOSITORY')  # fmt: skip
+    parser.add_argument('--checkpoint', metavar='FILE', nargs=several, help="weights in place of the model's own")
     parser.add_argument('--model-kwargs', nargs='+', default={}, action=ParseKwargs, metavar='NAME=VALUE',
                         help='arguments of the model, such as num_classes=100')  # fmt: skip
 
@@ -47,7 +50,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     group.add_argument('--std', type=float, nargs='+', help="pixel deviation per channel; default: the model's")
     group.add_argument('--batch-size', type=int, default=128, metavar='N', help='default: %(default)s')
     group.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images')
-    group.add_argument('--device', default='cpu', help='default: %(default)s')
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
 
 
 def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
@@ -71,7 +74,7 @@ def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
 def add_inspect(verbs) -> None:
     """`inspect`: every mapping unit and its weight."""
     parser = verbs.add_parser('inspect', help='the weights of every mapping unit')
-    _add_net_arguments(parser, checkpoints='+')
+    _add_net_arguments(parser, several='+')
     _add_data_arguments(parser, required=False)
     parser.add_argument('--per-class', action='store_true', help='the weights of the images of each class as well')
     _set_analysis(parser, 'inspect_result')
@@ -83,8 +86,8 @@ def add_variance(verbs) -> None:
 
     parser = verbs.add_parser('variance', help="variance of AdaResNets' weights within and between groups")
     parser.add_argument('--group', nargs='+', action='append', required=True, metavar=('NAME', 'CHECKPOINT'),
-                        help='a name and trainings of a model: folders with config.json or files')  # fmt: skip
-    parser.add_argument('--model', help='what the files of weights are of')
+                        help='a name and trainings of a model: runs, folders with config.json or weights')  # fmt: skip
+    parser.add_argument('--model', help='what the checkpoints are of, if they are bare files of weights')
     parser.add_argument('--model-kwargs', nargs='+', default={}, action=ParseKwargs, metavar='NAME=VALUE')
     _set_analysis(parser, 'variance_result')
 

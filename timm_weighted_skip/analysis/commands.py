@@ -1,9 +1,8 @@
 """What the analysis verbs of the command line do with their parsed arguments."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -44,17 +43,16 @@ def _collect(args: argparse.Namespace, net: nn.Module, images: LabelledImages, c
 
 def inspect_result(args: argparse.Namespace) -> Result:
     """The weights of one net's units; of several AdaResNets' side by side."""
-    checkpoints: Sequence[Optional[str]] = args.checkpoint or [None]
-    if args.data is None:
-        nets = [load_net(args.model, checkpoint, **args.model_kwargs) for checkpoint in checkpoints]
-        if len(nets) == 1 and gates(nets[0]):
-            return unit_table(nets[0])
-        return rounds_table(nets)
-    if len(checkpoints) > 1:
-        raise ValueError(
-            f'{len(checkpoints)} checkpoints with --data; an AWM net is inspected one checkpoint at a time'
-        )
-    args.checkpoint = checkpoints[0]
+    several = len(args.model) > 1 or len(args.checkpoint or []) > 1
+    if len(args.model) > 1 and args.checkpoint:
+        raise ValueError(f'--checkpoint with {len(args.model)} models; give one model, or no --checkpoint')
+    if several and args.data:
+        raise ValueError('several nets with --data; an AWM net is inspected alone')
+    if several or args.data is None:
+        pairs = [(model, checkpoint) for model in args.model for checkpoint in args.checkpoint or [None]]
+        nets = [load_net(model, checkpoint, **args.model_kwargs) for model, checkpoint in pairs]
+        return unit_table(nets[0]) if len(nets) == 1 and gates(nets[0]) else rounds_table(nets)
+    args.model, args.checkpoint = args.model[0], (args.checkpoint or [None])[0]
     net, images = _load(args)
     return gate_table(_collect(args, net, images), images.classes if args.per_class else None)
 
@@ -68,14 +66,8 @@ def variance_result(args: argparse.Namespace) -> Result:
             raise ValueError(f'group {name!r} is given twice; give its checkpoints together')
         if not members:
             raise ValueError(f'group {name!r} has no checkpoints; give --group NAME CHECKPOINT CHECKPOINT ...')
-        if args.model is None and any(Path(member).is_file() for member in members):
-            raise ValueError(f'group {name!r} has files of weights; name the model that they are of with --model')
-        nets = [
-            load_net(args.model, member, **args.model_kwargs)
-            if args.model and not Path(member).is_dir()
-            else load_net(member, **args.model_kwargs)
-            for member in members
-        ]
+        pairs = [(args.model or member, member if args.model else None) for member in members]
+        nets = [load_net(model, checkpoint, **args.model_kwargs) for model, checkpoint in pairs]
         units, groups[name] = skip_rounds(nets)
         names = names or [unit.name for unit in units]
     return group_variance(groups, names)
@@ -140,6 +132,6 @@ def _model_facts(net: nn.Module) -> dict[str, Any]:
         'of them in gates': f'{sum(p.numel() for gate in gates(net).values() for p in gate.parameters()):,}',
         'mapping units': f'{len(units)} ({sum(unit.kind == "projection" for unit in units)} with a projection)',
         'classes': str(net.num_classes),
-        'input size': ' x '.join(map(str, cfg.get('input_size', ()))),
+        'input size': ' x '.join('any' if size is None else str(size) for size in cfg.get('input_size', ())),
         'license': cfg.get('license'),
     }

@@ -6,6 +6,7 @@ Fig. 5: error against the period t; Fig. 9: error against depth.
 
 import csv
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ['Run', 'curves', 'read_run', 'sweep']
 
 _CURVES = ('train_loss', 'train_top1', 'eval_loss', 'eval_top1', 'lr')
+_NAMES = {'loss': 'train_loss', 'top1': 'train_top1', 'test_loss': 'eval_loss', 'test_top1': 'eval_top1'}
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Run:
     """A run's folder as it was read.
 
     Attributes:
-        name: The folder's.
-        log: One dict per epoch: `epoch`, `phase`, `train_loss`, `train_top1`, `eval_loss`, `eval_top1`, `lr`;
-            accuracies in percent, a field that was not logged is missing.
-        result: The finished run's `model`, `recipe`, `seed`, `last_top1`, `best_top1`, ...; empty before it is.
+        folder: Where it is.
+        log: One dict per epoch, by timm's names: `epoch`, `phase`, `train_loss`, `train_top1`, `eval_loss`,
+            `eval_top1`, `lr`; accuracies in percent, what was not logged is missing.
+        result: Of the finished run, its `model`, `recipe` and more; empty before.
     """
 
-    name: str
+    folder: Path
     log: list[dict[str, Any]]
     result: dict[str, Any]
 
@@ -45,13 +47,20 @@ class Run:
         """`field` per epoch, (epochs,), NaN where it was not logged."""
         return np.array([np.nan if entry.get(field) is None else float(entry[field]) for entry in self.log])
 
+    def test_top1(self) -> tuple[Optional[float], Optional[float]]:
+        """Accuracy of the last epoch that was tested, and of the best."""
+        tested = self.values('eval_top1')
+        tested = tested[~np.isnan(tested)]
+        return (float(tested[-1]), float(tested.max())) if len(tested) else (None, None)
+
     def gate_phases(self) -> list[tuple[int, int]]:
         """First and last epoch of every phase that trained the gates alone."""
         spans: list[tuple[int, int]] = []
         for entry in self.log:
             if entry.get('phase') == 'gates':
-                again = spans and spans[-1][1] == entry['epoch'] - 1
-                spans[-1:] = [(spans[-1][0], entry['epoch'])] if again else [*spans[-1:], (entry['epoch'],) * 2]
+                goes_on = spans and spans[-1][1] == entry['epoch'] - 1
+                first = spans.pop()[0] if goes_on else entry['epoch']
+                spans.append((first, entry['epoch']))
         return spans
 
 
@@ -62,14 +71,14 @@ def read_run(folder: Union[str, Path]) -> Run:
         OSError: There is no log in `folder`.
         ValueError: A log is empty or damaged, or its epochs are not numbered.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     lines, summary, result = folder / 'log.jsonl', folder / 'summary.csv', folder / 'result.json'
     try:
         if lines.is_file():
             log = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
         elif summary.is_file():
             with summary.open(newline='') as file:
-                log = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+                log = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
         else:
             raise FileNotFoundError(f'{folder} has neither log.jsonl nor summary.csv; give the folder of a run')
         outcome = json.loads(result.read_text()) if result.is_file() else {}
@@ -77,9 +86,8 @@ def read_run(folder: Union[str, Path]) -> Run:
         raise ValueError(f'{folder}: the log cannot be read: {error}') from error
     if not log or any('epoch' not in entry for entry in log):
         raise ValueError(f'{folder}: the log has {len(log)} epochs, and each needs a field "epoch"')
-    for entry in log:
-        entry['epoch'] = int(entry['epoch'])
-    return Run(folder.resolve().name, log, outcome)
+    log = [{_NAMES.get(name, name): value for name, value in entry.items()} for entry in log]
+    return Run(folder, [{**entry, 'epoch': int(entry['epoch'])} for entry in log], outcome)
 
 
 def curves(runs: Sequence[Run], error: bool = False) -> Result:
@@ -89,19 +97,14 @@ def curves(runs: Sequence[Run], error: bool = False) -> Result:
         runs: One or more.
         error: Draw the error, 100 % less the accuracy.
     """
-    names = _distinct(runs)
+    names = _names(runs)
     columns = ['run', 'epoch', 'phase', *_CURVES]
     epochs = [
         [name, entry['epoch'], *(entry.get(field) for field in columns[2:])]
         for name, run in zip(names, runs)
         for entry in run.log
     ]
-    rows = []
-    for name, run in zip(names, runs):
-        top1 = run.values('eval_top1')
-        seen = top1[~np.isnan(top1)]
-        last, best = (float(seen[-1]), float(seen.max())) if len(seen) else (None, None)
-        rows.append([name, str(run.result.get('model', '-')), len(run.log), last, best])
+    rows = [[name, str(run.result.get('model', '-')), len(run.log), *run.test_top1()] for name, run in zip(names, runs)]
     tables = {
         'runs': Table(['run', 'model', 'epochs', 'last top-1 (%)', 'best top-1 (%)'], rows),
         'curves': Table(columns, epochs),
@@ -114,40 +117,43 @@ def sweep(runs: Sequence[Run], against: str) -> Result:
 
     Args:
         runs: Finished runs.
-        against: The x axis: a field of `result.json` (`recipe.period` for one within another), or `depth`, the number
-            in the model's name.
+        against: The x axis: a field of `result.json` (`recipe.lr` for one within another), or `depth`, the number in
+            the model's name.
 
     Raises:
-        ValueError: A run has no result, no such field, or a value that is no number.
+        ValueError: A run has no result, no such field, a value that is no number, or no test accuracy.
     """
-    cells: dict[tuple[str, float], list[tuple[float, Optional[float]]]] = {}
+    x: Any
+    cells: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for run in runs:
-        model, last = (_field(run, name) for name in ('model', 'last_top1'))
+        model = series = _field(run, 'model')
         if against == 'depth':
-            series, depth = re.sub(r'\d+', '', model), re.search(r'\d+', model)
-            x: Any = depth and depth[0]
+            number = re.search(r'\d+', model)
+            series, x = re.sub(r'\d+', '', model), number and number[0]
         else:
-            series, x = model, _field(run, against)
+            x = _field(run, against)
+        last, best = run.test_top1()
         try:
-            key, top1, best = (series, float(x)), float(last), run.result.get('best_top1')
+            key = series, float(x)
         except (TypeError, ValueError):
-            raise ValueError(
-                f'run {run.name!r}: {against}={x!r} and last_top1={last!r}; both must be numbers'
-            ) from None
-        cells.setdefault(key, []).append((100 - top1, None if best is None else 100 - float(best)))
-    rows = []
-    for (series, x), errors in sorted(cells.items()):
+            raise ValueError(f'run {run.folder}: {against} is {x!r}; it must be a number') from None
+        if last is None or best is None:
+            raise ValueError(f'run {run.folder} has no test accuracy in its log')
+        cells.setdefault(key, []).append((100 - last, 100 - best))
+    rows: list[list[Any]] = []
+    for (series, value), errors in sorted(cells.items()):
         last_errors, best_errors = zip(*errors)
         deviation = float(np.std(last_errors, ddof=1)) if len(errors) > 1 else None
-        best = float(np.mean(best_errors)) if None not in best_errors else None
-        rows.append([series, x, len(errors), float(np.mean(last_errors)), deviation, best])
+        x = int(value) if value.is_integer() else value
+        rows.append([series, x, len(errors), float(np.mean(last_errors)), deviation, float(np.mean(best_errors))])
     columns = ['model', against, 'runs', 'last error (%)', 'deviation', 'best error (%)']
     return Result({'runs': len(runs)}, {'sweep': Table(columns, rows)}, {'sweep': lambda: _draw_sweep(rows, against)})
 
 
-def _distinct(runs: Sequence[Run]) -> list[str]:
-    names = [run.name for run in runs]
-    return [f'{name} ({i})' if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The folders without what is common to all."""
+    common = os.path.commonpath([run.folder.parent for run in runs])
+    return [os.path.relpath(run.folder, common) for run in runs]
 
 
 def _field(run: Run, path: str) -> Any:
@@ -155,7 +161,7 @@ def _field(run: Run, path: str) -> Any:
     for part in path.split('.'):
         if not isinstance(value, dict) or part not in value:
             there = ', '.join(map(str, value)) if isinstance(value, dict) and value else 'nothing'
-            raise ValueError(f'result.json of run {run.name!r} has no {path!r}; there is {there}')
+            raise ValueError(f'result.json of run {run.folder} has no {path!r}; there is {there}')
         value = value[part]
     return value
 
