@@ -64,9 +64,9 @@ def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
         if args.out:
             require('matplotlib')
         result = getattr(commands, work)(args)
-        print(result.text())
         if args.out:
             result.save(args.out)
+        print(result.text())
 
     parser.set_defaults(run=run)
 

@@ -14,7 +14,7 @@ from timm_weighted_skip.analysis.discriminate import discriminate
 from timm_weighted_skip.analysis.extremes import extreme_images
 from timm_weighted_skip.analysis.inspection import gate_table, rounds_table, skip_rounds, unit_table
 from timm_weighted_skip.analysis.nets import load_net
-from timm_weighted_skip.analysis.report import html_report, key_table
+from timm_weighted_skip.analysis.report import html_report
 from timm_weighted_skip.analysis.tables import Result, require, write_file
 from timm_weighted_skip.analysis.units import gates, mapping_units
 from timm_weighted_skip.analysis.variance import group_variance
@@ -110,15 +110,17 @@ def write_report(args: argparse.Namespace) -> Path:
     sections['Model'] = Result(about=_model_facts(net), tables={})
     if logged:
         run = read_run(folder)
-        if run.result:
-            sections['Run'] = Result(dict(key_table(run.result).rows), {})  # type: ignore[arg-type]
+        facts = {name: value for name, value in run.result.items() if name not in ('recipe', 'mapping_units')}
+        for heading, values in (('Run', facts), ('Recipe', run.result.get('recipe'))):
+            if isinstance(values, dict) and values:
+                sections[heading] = Result(values, {})
         sections['Curves'] = curves([run])
     sections['Weights'] = weights
     if args.data is not None and 'concat' not in collected.kinds:
         sections['Extremes'] = extreme_images(collected, images.classes, images.picture)
     out = Path(args.out)
-    title = f'{folder.resolve().name if folder.is_dir() else args.model}: weights of the mapping units'
-    write_file(out, html_report(title, sections))
+    name = folder.resolve().name if folder.exists() else args.model
+    write_file(out, html_report(f'{name}: weights of the mapping units', sections))
     return out
 
 

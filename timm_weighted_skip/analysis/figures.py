@@ -83,7 +83,7 @@ def label_units(axes: 'Axes', units: Sequence[str], names: bool = True) -> None:
         width = len(list(members))
         if start > 0.5:
             axes.axvline(start, color='0.85', linewidth=0.6, zorder=0)
-        if names and width > 0.12 * len(units):
+        if names and width > 0.02 * (len(stage) + 1) * len(units):  # a letter is a fiftieth of a column
             axes.text(start + width / 2, 1.01, stage, transform=axes.get_xaxis_transform(), ha='center', va='bottom',
                       fontsize=7, color='0.35')  # fmt: skip
         start += width

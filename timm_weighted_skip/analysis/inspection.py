@@ -119,6 +119,8 @@ def _draw_gates(collected: Collected) -> 'Figure':
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     weights, number = collected.weights, np.arange(1, len(collected.units) + 1)
     hue, accent = colour(0)[0], colour(1)[0]
+    dense = 'concat' in collected.kinds
+    symbol = r'$\lambda_k$' if dense else r'$\lambda_1$'
     top.fill_between(
         number, weights.min(0), weights.max(0), color=hue, alpha=0.2, linewidth=0, label='least to greatest'
     )
@@ -126,11 +128,11 @@ def _draw_gates(collected: Collected) -> 'Figure':
     top.step(number, collected.identity, where='mid', color='black', linewidth=0.8, linestyle='--', label='plain net')
     label_units(top, collected.units)
     label_units(bottom, collected.units, names=False)
-    top.set_ylabel(r'weight $\lambda_1$ (no unit)')
+    top.set_ylabel(f'weight {symbol} (no unit)')
     top.legend(ncols=3, loc='upper center', bbox_to_anchor=(0.5, 1.32), columnspacing=1)
     bottom.bar(number, weights.var(0), color=accent)
-    bottom.set_ylabel(r'variance of $\lambda_1$')
-    bottom.set_xlabel('mapping unit (number)')
+    bottom.set_ylabel(f'variance of {symbol}')
+    bottom.set_xlabel('connection (number)' if dense else 'mapping unit (number)')
     return figure
 
 

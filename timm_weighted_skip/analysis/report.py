@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 from timm_weighted_skip import __version__
 from timm_weighted_skip.analysis.figures import render
-from timm_weighted_skip.analysis.tables import Result, Table, require
+from timm_weighted_skip.analysis.tables import Result, format_value, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['html_report', 'key_table']
+__all__ = ['html_report']
 
 _LONG = 24  # rows; a longer table is folded
 
 
-def key_table(values: Mapping[str, Any]) -> Table:
-    """Keys and values as a table, nested ones by their dotted path."""
-    rows: list[list[Any]] = []
-    for key, value in values.items():
+def _facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values to read, nested ones by their dotted path; what has no value is left out."""
+    facts: list[tuple[str, str]] = []
+    for name, value in values.items():
         if isinstance(value, Mapping):
-            rows += [[f'{key}.{inner}', v] for inner, v in key_table(value).rows]
-        else:
-            rows.append([key, value if isinstance(value, (str, float)) else json.dumps(value, default=str)])
-    return Table(['what', 'value'], rows)
+            facts += [(f'{name}.{inner}', text) for inner, text in _facts(value)]
+        elif value is not None:
+            facts.append((name, json.dumps(value) if isinstance(value, (list, bool)) else format_value(value)))
+    return facts
 
 
 def _image(figure: 'Figure') -> str:
@@ -44,7 +44,7 @@ def html_report(title: str, sections: Mapping[str, Result]) -> str:
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     drawn = {
         heading: {
-            'about': key_table(result.about).cells(),
+            'about': _facts(result.about),
             'figures': {
                 name: (_image(figure), figure.get_figwidth())
                 for name, draw in result.figures.items()

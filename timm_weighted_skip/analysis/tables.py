@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['Result', 'Table', 'require', 'write_file']
+__all__ = ['Result', 'Table', 'format_value', 'require', 'write_file']
 
 
 def require(*modules: str) -> None:
@@ -43,7 +43,8 @@ def write_file(path: Path, content: Union[str, bytes]) -> None:
         raise
 
 
-def _cell(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """To read: floats to four places, or to two digits if they are smaller."""
     if value is None:
         return '-'
     if not isinstance(value, float):
@@ -59,8 +60,8 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
     def cells(self) -> list[list[str]]:
-        """The rows as text to read, floats to four places."""
-        return [[_cell(value) for value in row] for row in self.rows]
+        """The rows as text to read."""
+        return [[format_value(value) for value in row] for row in self.rows]
 
     def text(self) -> str:
         """For the terminal: numbers to the right, words to the left."""
@@ -101,7 +102,7 @@ class Result:
     figures: dict[str, Callable[[], 'Figure']] = field(default_factory=dict)
 
     def text(self) -> str:
-        about = '\n'.join(f'{key}: {_cell(value)}' for key, value in self.about.items())
+        about = '\n'.join(f'{key}: {format_value(value)}' for key, value in self.about.items())
         return '\n\n'.join([about, *(table.text() for table in self.tables.values())])
 
     def save(self, folder: Union[str, Path]) -> list[Path]:
