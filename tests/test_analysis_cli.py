@@ -139,9 +139,17 @@ def test_images_from_npz_and_folders(folder, tmp_path, capsys):
     np.testing.assert_allclose(*means, rtol=1e-5)
 
 
-def npz(path, images, classes=10):
-    np.savez(path / 'own_test.npz', images=images, labels=np.arange(len(images)) % classes, classes=[*range(classes)])
+def npz(path, images, classes=10, first=0):
+    labels = first + np.arange(len(images)) % classes
+    np.savez(path / 'own_test.npz', images=images, labels=labels, classes=[*range(classes)])
     return ['--data', 'own', '--data-dir', str(path)]
+
+
+def half_an_npz(path):
+    arguments = npz(path, np.zeros((9, 8, 8), np.uint8))
+    whole = (path / 'own_test.npz').read_bytes()
+    (path / 'own_test.npz').write_bytes(whole[: len(whole) // 2])
+    return arguments
 
 
 @pytest.mark.parametrize(
@@ -151,6 +159,8 @@ def npz(path, images, classes=10):
         (lambda f, t: ['extremes', f, *npz(t, np.zeros((9, 8, 8), np.uint8), 3)], '3 classes and the net 10'),
         (lambda f, t: ['extremes', f, *npz(t, np.zeros((0, 8, 8), np.uint8))], 'has no images'),
         (lambda f, t: ['extremes', f, *npz(t, np.zeros((9, 8, 8)))], 'images are float64 of shape (9, 8, 8)'),
+        (lambda f, t: ['extremes', f, *npz(t, np.zeros((20, 8, 8), np.uint8), first=1)], 'labels go from 1 to 10'),
+        (lambda f, t: ['extremes', f, *half_an_npz(t)], 'is not a whole npz file'),
         (lambda f, t: ['extremes', f, '--data', 'cifar10'], '--data cifar10 needs --data-dir'),
         (lambda f, t: ['extremes', f, '--data', 'cifar10', '--data-dir', str(t)], 'no cifar10_test.npz, and '),
         (lambda f, t: ['extremes', f, '--data', 'digits', '--count', '0'], 'count=0'),
@@ -160,7 +170,9 @@ def npz(path, images, classes=10):
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', str(t / 'x')], "no file '"),
         (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--checkpoint', f + '/model.safetensors'], 'do not fit awm'),
         (lambda f, t: ['inspect', f + '/model.safetensors'], 'does not say which model it is of'),
-        (lambda f, t: ['inspect', f, f, '--data', 'digits'], 'several nets with --data'),
+        (lambda f, t: ['inspect', f, f, '--data', 'digits'], '2 nets with --data'),
+        (lambda f, t: ['inspect', f, '--per-class'], '--per-class needs images'),
+        (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', f + '/config.json'], 'do not fit awm'),
         (lambda f, t: ['inspect', 'adaresnet18_released', *npz(t, np.zeros((9, 8, 8), np.uint8))], 'do not depend on'),
         (lambda f, t: ['variance', '--group', 'a', f, f], 'an AWM net'),
         (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),

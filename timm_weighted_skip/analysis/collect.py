@@ -109,8 +109,9 @@ def collect(model: nn.Module, loader: Iterable, controls: bool = False, seed: in
     if not own:
         raise ValueError(f"{type(model).__name__}'s weights do not depend on the image; inspect it without --data")
     concat = {name for name in own if kinds[name] == 'concat'}
-    units = [f'{name}[{k}]' if name in concat else name
-             for name, gate in own.items() for k in range(gate.fc2.out_features if name in concat else 1)]  # fmt: skip
+    paths = {name: gate.fc2.out_features for name, gate in own.items()}
+    columns = [(name, k) for name in own for k in range(paths[name] if name in concat else 1)]
+    units = [f'{name}[{k}]' if name in concat else name for name, k in columns]
     total = len(loader.dataset)  # type: ignore[attr-defined]
     results: dict[str, np.ndarray] = {}
     done = 0
@@ -140,8 +141,8 @@ def collect(model: nn.Module, loader: Iterable, controls: bool = False, seed: in
     check_nan([unit for unit, column in zip(units, results['weights'].T) if np.isnan(column).any()], len(units))
     return Collected(
         units=units,
-        kinds=[kinds[unit.split('[')[0]] for unit in units],
-        identity=np.array([1 / own[unit.split('[')[0]].fc2.out_features for unit in units]),
+        kinds=[kinds[name] for name, _ in columns],
+        identity=np.array([1 / paths[name] for name, _ in columns]),
         weights=results.pop('weights'),
         labels=results.pop('labels'),
         predictions=results.pop('predictions'),

@@ -1,8 +1,9 @@
 """What the analysis verbs of the command line do with their parsed arguments."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from torch import nn
@@ -29,32 +30,39 @@ __all__ = [
 ]
 
 
-def _load(args: argparse.Namespace, split: str = 'validation') -> tuple[nn.Module, LabelledImages]:
-    """The net on its device and the images."""
-    net = load_net(args.model, args.checkpoint, **args.model_kwargs)
-    mapping_units(net)  # says what is wrong with the net before the data is looked at
+def _images(args: argparse.Namespace, net: nn.Module, split: str = 'validation') -> LabelledImages:
     overrides = {name: getattr(args, name) for name in ('input_size', 'mean', 'std')}
-    return net.to(args.device), load_images(args.data, net, args.data_dir, split, **overrides)
+    return load_images(args.data, net, args.data_dir, split, **overrides)
 
 
-def _collect(args: argparse.Namespace, net: nn.Module, images: LabelledImages, controls: bool = False) -> Collected:
-    return collect(net, images.loader(args.batch_size, args.workers), controls)
+def _read(
+    args: argparse.Namespace, model: str, checkpoint: Optional[str]
+) -> tuple[nn.Module, LabelledImages, Collected]:
+    """The net, the test images and what the net's gates make of them."""
+    net = load_net(model, checkpoint, **args.model_kwargs).to(args.device)
+    mapping_units(net)  # says what is wrong with the net before the data is looked at
+    images = _images(args, net)
+    return net, images, collect(net, images.loader(args.batch_size, args.workers))
+
+
+def _table(nets: Sequence[nn.Module]) -> Result:
+    """What is known of the nets' weights without images."""
+    return unit_table(nets[0]) if len(nets) == 1 and gates(nets[0]) else rounds_table(nets)
 
 
 def inspect_result(args: argparse.Namespace) -> Result:
     """The weights of one net's units; of several AdaResNets' side by side."""
-    several = len(args.model) > 1 or len(args.checkpoint or []) > 1
     if len(args.model) > 1 and args.checkpoint:
         raise ValueError(f'--checkpoint with {len(args.model)} models; give one model, or no --checkpoint')
-    if several and args.data:
-        raise ValueError('several nets with --data; an AWM net is inspected alone')
-    if several or args.data is None:
-        pairs = [(model, checkpoint) for model in args.model for checkpoint in args.checkpoint or [None]]
-        nets = [load_net(model, checkpoint, **args.model_kwargs) for model, checkpoint in pairs]
-        return unit_table(nets[0]) if len(nets) == 1 and gates(nets[0]) else rounds_table(nets)
-    args.model, args.checkpoint = args.model[0], (args.checkpoint or [None])[0]
-    net, images = _load(args)
-    return gate_table(_collect(args, net, images), images.classes if args.per_class else None)
+    pairs = [(model, checkpoint) for model in args.model for checkpoint in args.checkpoint or [None]]
+    if args.data is None:
+        if args.per_class:
+            raise ValueError('--per-class needs images; give --data')
+        return _table([load_net(model, checkpoint, **args.model_kwargs) for model, checkpoint in pairs])
+    if len(pairs) > 1:
+        raise ValueError(f'{len(pairs)} nets with --data; an AWM net is inspected alone')
+    _, images, collected = _read(args, *pairs[0])
+    return gate_table(collected, images.classes if args.per_class else None)
 
 
 def variance_result(args: argparse.Namespace) -> Result:
@@ -75,16 +83,17 @@ def variance_result(args: argparse.Namespace) -> Result:
 
 def extremes_result(args: argparse.Namespace) -> Result:
     """The images with the lowest and the highest sum of weights."""
-    net, images = _load(args)
-    return extreme_images(_collect(args, net, images), images.classes, images.picture, args.count)
+    _, images, collected = _read(args, args.model, args.checkpoint)
+    return extreme_images(collected, images.classes, images.picture, args.count)
 
 
 def discriminate_result(args: argparse.Namespace) -> Result:
     """How well weights tell classes, against pixels, features and random gates."""
     require('sklearn')
-    net, train_images = _load(args, 'train')
-    _, test_images = _load(args)
-    train, test = (_collect(args, net, images, controls=True) for images in (train_images, test_images))
+    net = load_net(args.model, args.checkpoint, **args.model_kwargs).to(args.device)
+    mapping_units(net)
+    loaders = [_images(args, net, split).loader(args.batch_size, args.workers) for split in ('train', 'validation')]
+    train, test = (collect(net, loader, controls=True, seed=args.seed) for loader in loaders)
     return discriminate(train, test, args.dims, args.pca_variance, args.max_rank, args.seed)
 
 
@@ -102,10 +111,9 @@ def write_report(args: argparse.Namespace) -> Path:
     logged = any((folder / name).is_file() for name in ('log.jsonl', 'summary.csv'))
     if args.data is None:
         net = load_net(args.model, args.checkpoint, **args.model_kwargs)
-        weights = unit_table(net) if gates(net) else rounds_table([net])
+        weights = _table([net])
     else:
-        net, images = _load(args)
-        collected = _collect(args, net, images)
+        net, images, collected = _read(args, args.model, args.checkpoint)
         weights = gate_table(collected, images.classes)
     sections['Model'] = Result(about=_model_facts(net), tables={})
     if logged:

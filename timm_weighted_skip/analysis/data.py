@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_weighted_skip.analysis.tables import require
 
@@ -75,18 +76,27 @@ def _digits(train: bool) -> tuple[_Arrays, list[str]]:
 
 def _npz(path: Path) -> tuple[_Arrays, list[str]]:
     """Arrays `images` and `labels`, and `classes` if the classes have names."""
-    with np.load(path, allow_pickle=False) as arrays:
-        missing = [name for name in ('images', 'labels') if name not in arrays]
-        if missing:
-            raise ValueError(f'{path} has no array {" and no ".join(missing)}; it has {", ".join(arrays) or "none"}')
-        images, labels = arrays['images'], arrays['labels']
-        classes = [str(name) for name in arrays['classes']] if 'classes' in arrays else []
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in ('images', 'labels') if name not in arrays]
+            if missing:
+                raise ValueError(
+                    f'{path} has no array {" and no ".join(missing)}; it has {", ".join(arrays) or "none"}'
+                )
+            images, labels = arrays['images'], arrays['labels']
+            classes = [str(name) for name in arrays['classes']] if 'classes' in arrays else []
+    except (BadZipFile, EOFError) as error:
+        raise ValueError(f'{path} is not a whole npz file ({error})') from None
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
         raise ValueError(
             f'{path}: images are {images.dtype} of shape {images.shape} with {len(labels)} labels; '
             'give uint8 (N, H, W) or (N, H, W, 3) and N labels'
         )
-    return _Arrays(images, labels), classes or [str(k) for k in range(int(labels.max(initial=-1)) + 1)]
+    highest = int(labels.max(initial=-1))
+    classes = classes or [str(k) for k in range(highest + 1)]
+    if labels.min(initial=0) < 0 or highest >= len(classes):
+        raise ValueError(f'{path}: labels go from {labels.min()} to {highest}, and there are {len(classes)} classes')
+    return _Arrays(images, labels), classes
 
 
 def load_images(
@@ -123,12 +133,14 @@ def load_images(
     else:
         dataset = '' if name == 'folder' else name if '/' in name else f'torch/{name}'
         try:
-            source = create_dataset(dataset, root=str(data_dir), split=split)
+            source = create_dataset(dataset, root=str(data_dir) if data_dir else None, split=split)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise OSError(
                 f'no images of {name!r}, split {split!r}, in {data_dir}: no {npz.name}, and {reason}'
             ) from error
+        if isinstance(source, IterableDataset):
+            raise ValueError(f'{name!r} is a stream; give a data set whose images have numbers')
         classes = getattr(source, 'classes', None) or list(source.reader.class_to_idx)
     if not len(source):
         raise ValueError(f'{name!r}, split {split!r}, has no images')

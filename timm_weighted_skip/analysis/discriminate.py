@@ -85,7 +85,8 @@ def discriminate(
     """
     if dims < 1 or max_rank < 1 or not 0 < variance < 1:
         raise ValueError(
-            f'dims={dims}, max_rank={max_rank}, variance={variance}: give 1 or more, twice, and between 0 and 1'
+            f'dims={dims}, max_rank={max_rank}, variance={variance}: '
+            'dims and max_rank are 1 or more, variance is between 0 and 1'
         )
     classes = np.unique(train.labels)
     unseen = np.setdiff1d(test.labels, classes)
@@ -97,7 +98,7 @@ def discriminate(
     sizes, rows = [], []
     for name in ('weights', *train.controls):
         vectors = [train.weights, test.weights] if name == 'weights' else [train.controls[name], test.controls[name]]
-        if not vectors[0].std(0).any():
+        if not np.ptp(vectors[0], axis=0).any():
             raise ValueError(
                 f'all images have the same {name}: the gates have not been trained, or the set is constant'
             )

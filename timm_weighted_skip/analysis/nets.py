@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Optional, Union
 
 import timm
@@ -57,7 +58,7 @@ def load_net(source: str, checkpoint: Optional[Union[str, Path]] = None, **model
         net = timm.create_model(model, pretrained=published and weights is None, **model_kwargs)
         if weights is not None:
             load_checkpoint(net, os.fspath(weights), weights_only=True)
-    except (RuntimeError, TypeError, SafetensorError) as error:
+    except (RuntimeError, TypeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
         # torch lists every parameter that does not fit, after a line that names the class.
         reason = ' '.join(line.strip() for line in str(error).splitlines()[:2])
         raise ValueError(
@@ -74,7 +75,7 @@ def _described(path: Path) -> tuple[str, dict[str, Any]]:
             about = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f'{path} is not a whole safetensors file ({error})') from None
-    if 'model' not in about:
+    if not {'model', 'model_kwargs', 'classes', 'mean', 'std'} <= set(about):
         raise ValueError(f'{path} does not say which model it is of; give the model, and this file as --checkpoint')
     mean, std = json.loads(about['mean']), json.loads(about['std'])
     # A run trains on its images as they are, of whatever size.
