@@ -79,7 +79,9 @@ def label_units(axes: 'Axes', units: Sequence[str], names: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
     start = 0.5
-    for stage, members in groupby(units, key=lambda unit: unit.removeprefix('features.').split('.')[0].split('[')[0]):
+    for stage, members in groupby(
+        units, key=lambda unit: unit.removeprefix('features.').removeprefix('dense').split('.')[0].split('[')[0]
+    ):
         width = len(list(members))
         if start > 0.5:
             axes.axvline(start, color='0.85', linewidth=0.6, zorder=0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, Gate, SkipWeight
 
-__all__ = ['MappingUnit', 'check_nan', 'eval_mode', 'gate_weights', 'gates', 'mapping_units']
+__all__ = ['MappingUnit', 'check_nan', 'eval_mode', 'gate_weights', 'gates', 'mapping_units', 'named_merges']
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MappingUnit:
     weight: Optional[torch.Tensor]
 
 
-def _merges(model: nn.Module) -> dict[str, tuple[str, Any]]:
+def named_merges(model: nn.Module) -> dict[str, tuple[str, Any]]:
     """Name -> (kind, merge) of the weighted units of `model`, in forward order.
 
     Raises:
@@ -59,7 +59,7 @@ def gates(model: nn.Module) -> dict[str, Gate]:
     Raises:
         ValueError: The net has no weighted mapping units.
     """
-    merges = {name: merge for name, (_, merge) in _merges(unwrap_model(model)).items()}
+    merges = {name: merge for name, (_, merge) in named_merges(unwrap_model(model)).items()}
     return {name: merge.gate for name, merge in merges.items() if not isinstance(merge, SkipWeight)}
 
 
@@ -115,7 +115,7 @@ def mapping_units(model: nn.Module, x: Optional[torch.Tensor] = None) -> list[Ma
         ValueError: The net has no weighted mapping units, or a weight is NaN.
     """
     model = unwrap_model(model)
-    merges = _merges(model)
+    merges = named_merges(model)
     weights = {name: unit.weight.detach().clone() for name, (_, unit) in merges.items() if isinstance(unit, SkipWeight)}
     if x is not None and len(weights) < len(merges):
         like = next(model.parameters())
