@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+import torch
+
 import timm_weighted_skip
 
 __all__ = ['main']
@@ -51,11 +53,121 @@ def add_quickstart(verbs) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_net_arguments(parser: argparse.ArgumentParser, several: Optional[str] = None) -> None:
+    from timm.utils import ParseKwargs
+
+    parser.add_argument('model', nargs=several,
+                        help='name, run, folder with config.json, local-dir:FOLDER or hf-hub:REPOSITORY')  # fmt: skip
+    parser.add_argument('--checkpoint', metavar='FILE', nargs=several, help="weights in place of the model's own")
+    parser.add_argument('--model-kwargs', nargs='+', default={}, action=ParseKwargs, metavar='NAME=VALUE',
+                        help='arguments of the model, such as num_classes=100')  # fmt: skip
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    group = parser.add_argument_group('data')
+    group.add_argument('--data', required=required, metavar='NAME',
+                       help="'digits'; 'folder': DIR/{train,validation}/CLASS/IMAGE; DIR/NAME_{train,test}.npz or "
+                       "torchvision's files in DIR; or a name of timm's, such as hfds/cifar10")  # fmt: skip
+    group.add_argument('--data-dir', metavar='DIR')
+    group.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's")
+    group.add_argument('--mean', type=float, nargs='+', help="pixel mean per channel; default: the model's")
+    group.add_argument('--std', type=float, nargs='+', help="pixel deviation per channel; default: the model's")
+    group.add_argument('--batch-size', type=int, default=128, metavar='N', help='default: %(default)s')
+    group.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images')
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
+
+
+def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
+    """Have `analysis.commands.<work>` print its result and, with --out, write it to files."""
+    parser.add_argument('--out', metavar='DIR', help='also write the numbers as CSV and JSON, pictures as PNG and SVG')
+
+    def run(args: argparse.Namespace) -> None:
+        from timm_weighted_skip.analysis import commands
+        from timm_weighted_skip.analysis.tables import require
+
+        if args.out:
+            require('matplotlib')
+        result = getattr(commands, work)(args)
+        if args.out:
+            result.save(args.out)
+        print(result.text())
+
+    parser.set_defaults(run=run)
+
+
+def add_inspect(verbs) -> None:
+    """`inspect`: every mapping unit and its weight."""
+    parser = verbs.add_parser('inspect', help='the weights of every mapping unit')
+    _add_net_arguments(parser, several='+')
+    _add_data_arguments(parser, required=False)
+    parser.add_argument('--per-class', action='store_true', help='the weights of the images of each class as well')
+    _set_analysis(parser, 'inspect_result')
+
+
+def add_variance(verbs) -> None:
+    """`variance`: of AdaResNet's weights within and between groups of trainings."""
+    from timm.utils import ParseKwargs
+
+    parser = verbs.add_parser('variance', help="variance of AdaResNets' weights within and between groups")
+    parser.add_argument('--group', nargs='+', action='append', required=True, metavar=('NAME', 'CHECKPOINT'),
+                        help='a name and trainings of a model: runs, folders with config.json or weights')  # fmt: skip
+    parser.add_argument('--model', help='what the checkpoints are of, if they are bare files of weights')
+    parser.add_argument('--model-kwargs', nargs='+', default={}, action=ParseKwargs, metavar='NAME=VALUE')
+    _set_analysis(parser, 'variance_result')
+
+
+def add_extremes(verbs) -> None:
+    """`extremes`: the images with the lowest and the highest sum of `lam1`."""
+    parser = verbs.add_parser('extremes', help='images that use the residual branches least and most')
+    _add_net_arguments(parser)
+    _add_data_arguments(parser, required=True)
+    parser.add_argument('--count', type=int, default=16, metavar='N', help='images of each end (default: %(default)s)')
+    _set_analysis(parser, 'extremes_result')
+
+
+def add_discriminate(verbs) -> None:
+    """`discriminate`: how well an image's weights tell its class."""
+    parser = verbs.add_parser('discriminate', help="how well an image's weights tell its class (PCA, LDA, class means)")
+    _add_net_arguments(parser)
+    _add_data_arguments(parser, required=True)
+    parser.add_argument('--dims', type=int, default=30, help='dimensions after LDA (default: %(default)s)')
+    parser.add_argument('--pca-variance', type=float, default=0.99, help='variance kept by PCA (default: %(default)s)')
+    parser.add_argument('--max-rank', type=int, default=10, help='default: %(default)s')
+    parser.add_argument('--seed', type=int, default=0, help='of random gates and bootstrap')
+    _set_analysis(parser, 'discriminate_result')
+
+
+def add_curves(verbs) -> None:
+    """`curves`: accuracy and loss of several runs."""
+    parser = verbs.add_parser('curves', help='accuracy and loss of several runs, or what a sweep ends at')
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder with log.jsonl or summary.csv')
+    parser.add_argument('--error', action='store_true', help='error instead of accuracy')
+    parser.add_argument('--against', metavar='FIELD',
+                        help="last error against a field of result.json, such as recipe.lr, or 'depth'")  # fmt: skip
+    _set_analysis(parser, 'curve_result')
+
+
+def add_report(verbs) -> None:
+    """`report`: one HTML page about a run or a checkpoint."""
+    parser = verbs.add_parser('report', help='one self-contained HTML page about a run or a checkpoint')
+    _add_net_arguments(parser)
+    _add_data_arguments(parser, required=False)
+    parser.add_argument('--out', default='report.html', metavar='FILE', help='default: %(default)s')
+
+    def run(args: argparse.Namespace) -> None:
+        from timm_weighted_skip.analysis.commands import write_report
+
+        print(write_report(args))
+
+    parser.set_defaults(run=run)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='weighted-skip', description=timm_weighted_skip.__doc__)
     parser.add_argument('--version', action='version', version=f'%(prog)s {timm_weighted_skip.__version__}')
     verbs = parser.add_subparsers(metavar='VERB', required=True)
-    for add in (add_list, add_quickstart):
+    analyses = (add_inspect, add_variance, add_extremes, add_discriminate, add_curves, add_report)
+    for add in (add_list, add_quickstart, *analyses):
         add(verbs)
     return parser
 

@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
+from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, Gate, SkipWeight
 
-__all__ = ['MappingUnit', 'gate_weights', 'mapping_units', 'named_merges']
+__all__ = ['MappingUnit', 'check_nan', 'eval_mode', 'gate_weights', 'gates', 'mapping_units', 'named_merges']
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class MappingUnit:
     weight: Optional[torch.Tensor]
 
 
-def named_merges(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def named_merges(model: nn.Module) -> dict[str, tuple[str, Any]]:
     """Name -> (kind, merge) of the weighted units of `model`, in forward order.
 
     Raises:
         ValueError: The net has none.
     """
-    merges: dict[str, tuple[str, nn.Module]] = {}
+    merges: dict[str, tuple[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, ActiveWeightedConcat) and module.gate is not None:
             merges[name.removesuffix('.merge')] = ('concat', module)
@@ -53,26 +53,54 @@ def named_merges(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     return merges
 
 
-@contextmanager
-def gate_weights(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """While active, every forward of `model` leaves each AWM unit's `lam`, (N, K), in the yielded dict, by unit name.
+def gates(model: nn.Module) -> dict[str, Gate]:
+    """The gates of an AWM net by unit name, in forward order; empty for an AdaResNet.
 
     Raises:
         ValueError: The net has no weighted mapping units.
     """
-    model = unwrap_model(model)
+    merges = {name: merge for name, (_, merge) in named_merges(unwrap_model(model)).items()}
+    return {name: merge.gate for name, merge in merges.items() if not isinstance(merge, SkipWeight)}
+
+
+@contextmanager
+def gate_weights(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """While active, every forward of `model` leaves each AWM unit's `lam`, (N, K), in the yielded dict, by unit name.
+
+    A compiled net runs uncompiled meanwhile: what has been compiled before does not see the hooks.
+
+    Raises:
+        ValueError: The net has no weighted mapping units.
+    """
     weights: dict[str, torch.Tensor] = {}
 
     def keep(name: str):
         return lambda gate, args, output: weights.__setitem__(name, output.detach() / gate.scale)
 
-    merges = {name: merge for name, (_, merge) in named_merges(model).items() if not isinstance(merge, SkipWeight)}
-    handles = [merge.get_submodule('gate').register_forward_hook(keep(name)) for name, merge in merges.items()]
+    handles = [gate.register_forward_hook(keep(name)) for name, gate in gates(model).items()]
     try:
-        yield weights
+        with torch.compiler.set_stance('force_eager'):
+            yield weights
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module of `model` in eval mode, and afterwards each in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_nan(bad: list[str], total: int) -> None:
+    if bad:
+        raise ValueError(f'the weights of {len(bad)} of {total} mapping units are NaN: {", ".join(bad[:5])}')
 
 
 @torch.no_grad()
@@ -91,16 +119,8 @@ def mapping_units(model: nn.Module, x: Optional[torch.Tensor] = None) -> list[Ma
     weights = {name: unit.weight.detach().clone() for name, (_, unit) in merges.items() if isinstance(unit, SkipWeight)}
     if x is not None and len(weights) < len(merges):
         like = next(model.parameters())
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            with gate_weights(model) as lam:
-                model(x.to(like.device, like.dtype))
-        finally:
-            for module in training:
-                module.training = True
+        with eval_mode(model), gate_weights(model) as lam:
+            model(x.to(like.device, like.dtype))
         weights.update(lam)
-    bad = [name for name, weight in weights.items() if weight.isnan().any()]
-    if bad:
-        raise ValueError(f'the weights of {len(bad)} of {len(merges)} mapping units are NaN: {", ".join(bad[:5])}')
+    check_nan([name for name, weight in weights.items() if weight.isnan().any()], len(merges))
     return [MappingUnit(name, kind, weights.get(name)) for name, (kind, _) in merges.items()]

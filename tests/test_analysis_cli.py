@@ -1,0 +1,207 @@
+"""The analysis verbs of the command line, from a checkpoint on disk to files, on scikit-learn's digits."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
+
+from timm_weighted_skip.analysis import tables
+from timm_weighted_skip.cli import main
+from timm_weighted_skip.layers import Gate
+
+
+def make_net(name='awm_resnet14_cifar', seed=0, **kwargs):
+    torch.manual_seed(seed)
+    net = timm.create_model(name, in_chans=1, **kwargs)
+    for module in net.modules():
+        if isinstance(module, Gate):
+            nn.init.normal_(module.fc2.weight)
+    return net
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A checkpoint folder as timm saves it."""
+    path = tmp_path_factory.mktemp('checkpoint')
+    cfg = {'input_size': (1, 8, 8), 'mean': (0.3,), 'std': (0.4,)}
+    save_for_hf(make_net(pretrained_cfg_overlay=cfg), str(path), model_args={'in_chans': 1}, safe_serialization=True)
+    return path
+
+
+def run_folder(path, net, name):
+    """A run's weights, which say what they are of."""
+    path.mkdir()
+    about = {
+        'model': name,
+        'model_kwargs': '{}',
+        'classes': json.dumps([*'0123456789']),
+        'mean': '[0.3]',
+        'std': '[0.4]',
+    }
+    save_file(net.state_dict(), path / 'last.safetensors', about)
+    (path / 'log.jsonl').write_text('{"epoch": 0, "phase": "gates", "loss": 1, "test_loss": 1, "test_top1": 9}\n')
+    (path / 'result.json').write_text(json.dumps({'model': name, 'recipe': {'lr': 0.1}}))
+    return path
+
+
+def rows(path):
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_inspect_writes_what_it_prints(folder, tmp_path, capsys):
+    assert main(['inspect', str(folder), '--data', 'digits', '--per-class', '--out', str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    table = rows(tmp_path / 'weights.csv')
+    assert [row['unit'] for row in table] == [f'layer{s}.{b}' for s in (1, 2, 3) for b in (0, 1)]
+    assert all(f'{float(row["mean"]):.4f}' in printed for row in table)
+    about = json.loads((tmp_path / 'weights.json').read_text())['about']
+    assert about['images'] == 360
+    by_class = rows(tmp_path / 'classes.csv')
+    of_unit = [row for row in by_class if row['unit'] == 'layer3.1']
+    mean = sum(float(row['mean']) * int(row['images']) for row in of_unit) / 360
+    assert mean == pytest.approx(float(table[5]['mean']), abs=1e-5)
+
+
+def test_a_run_gives_the_weights_of_the_same_net_in_a_checkpoint_folder(folder, tmp_path):
+    run = run_folder(tmp_path / 'run', make_net(), 'awm_resnet14_cifar')
+    for source, out in ((folder, 'a'), (run, 'b'), (run / 'last.safetensors', 'c')):
+        assert main(['inspect', str(source), '--data', 'digits', '--out', str(tmp_path / out)]) == 0
+    assert rows(tmp_path / 'a' / 'weights.csv') == rows(tmp_path / 'b' / 'weights.csv')
+    assert rows(tmp_path / 'a' / 'weights.csv') == rows(tmp_path / 'c' / 'weights.csv')
+
+
+def test_rounds_and_variance_from_files_and_runs(tmp_path):
+    files, weights, layers = [], [], [(s, b) for s in (1, 2, 3) for b in (0, 1)]
+    for seed in range(4):
+        net = make_net('adaresnet14_cifar', seed, skip_init='normal')
+        files.append(str(tmp_path / f'{seed}.safetensors'))
+        save_file(net.state_dict(), files[-1])
+        weights.append([float(net.get_submodule(f'layer{s}.{b}').merge.weight.detach()) for s, b in layers])
+    net_of = ['adaresnet14_cifar', '--model-kwargs', 'in_chans=1']
+    assert main(['inspect', *net_of, '--checkpoint', *files, '--out', str(tmp_path)]) == 0
+    table = rows(tmp_path / 'weights.csv')
+    np.testing.assert_allclose([[float(row[f'round_{r}']) for row in table] for r in range(1, 5)], weights)
+    groups = ['--group', 'a', *files[:2], '--group', 'b', *files[2:]]
+    assert main(['variance', *groups, '--model', *net_of, '--out', str(tmp_path)]) == 0
+    w = np.abs(np.array(weights).reshape(2, 2, 6))
+    value = {row['of']: float(row['value']) for row in rows(tmp_path / 'variance.csv')}
+    assert value['a'] == pytest.approx(w[0].var(0).mean())
+    assert value['a, b'] == pytest.approx(w.mean(1).var(0).mean())
+    runs = [run_folder(tmp_path / f'run{i}', make_net('adaresnet14_cifar', i), 'adaresnet14_cifar') for i in range(2)]
+    assert main(['inspect', *map(str, runs)]) == 0
+
+
+def test_extremes_and_discriminate(folder, tmp_path):
+    for verb in ('extremes', 'discriminate'):
+        assert main([verb, str(folder), '--data', 'digits', '--out', str(tmp_path)]) == 0
+    sums = [float(row['lam1 sum']) for row in rows(tmp_path / 'extremes.csv')]
+    assert len(sums) == 32
+    assert sums[:16] == sorted(sums[:16])
+    assert sums[16:] == sorted(sums[16:], reverse=True)
+    assert sums[15] < sums[31]
+    rate = {(row['vector'], int(row['rank'])): float(row['rate (%)']) for row in rows(tmp_path / 'discriminate.csv')}
+    assert rate['pixels', 1] > 80  # the digits are easy
+    assert {name for name, _ in rate} == {'weights', 'random gates', 'features', 'pixels'}
+    assert all(rate[name, k] <= rate[name, k + 1] for name, k in rate if k < 10)
+
+
+def test_report_of_a_run(tmp_path):
+    run = run_folder(tmp_path / 'run', make_net(), 'awm_resnet14_cifar')
+    out = tmp_path / 'report.html'
+    assert main(['report', str(run), '--data', 'digits', '--out', str(out)]) == 0
+    page = out.read_text()
+    assert all(f'>{heading}</h2>' in page for heading in ('Model', 'Run', 'Curves', 'Weights', 'Extremes'))
+    assert page.count('src="data:image/') == 4
+    assert main(['report', 'adaresnet14_cifar', '--out', str(out)]) == 0
+
+
+def test_images_from_npz_and_folders(folder, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    labels = np.arange(20) % 10
+    np.savez(tmp_path / 'own_test.npz', images=images, labels=labels)
+    for label, image in zip(labels, images):
+        path = tmp_path / 'validation' / str(label)
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / f'{len(list(path.iterdir()))}.png')
+    means = []
+    for data in ('own', 'folder'):
+        out = tmp_path / data
+        assert main(['inspect', str(folder), '--data', data, '--data-dir', str(tmp_path), '--out', str(out)]) == 0
+        means.append([float(row['mean']) for row in rows(out / 'weights.csv')])
+    np.testing.assert_allclose(*means, rtol=1e-5)
+
+
+def npz(path, images, classes=10, first=0):
+    labels = first + np.arange(len(images)) % classes
+    np.savez(path / 'own_test.npz', images=images, labels=labels, classes=[*range(classes)])
+    return ['--data', 'own', '--data-dir', str(path)]
+
+
+def half_an_npz(path):
+    arguments = npz(path, np.zeros((9, 8, 8), np.uint8))
+    whole = (path / 'own_test.npz').read_bytes()
+    (path / 'own_test.npz').write_bytes(whole[: len(whole) // 2])
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (lambda f, t: ['inspect', 'resnet14_cifar'], 'no weighted mapping units; nets that have are called adaresnet'),
+        (lambda f, t: ['extremes', f, *npz(t, np.zeros((9, 8, 8), np.uint8), 3)], '3 classes and the net 10'),
+        (lambda f, t: ['extremes', f, *npz(t, np.zeros((0, 8, 8), np.uint8))], 'has no images'),
+        (lambda f, t: ['extremes', f, *npz(t, np.zeros((9, 8, 8)))], 'images are float64 of shape (9, 8, 8)'),
+        (lambda f, t: ['extremes', f, *npz(t, np.zeros((20, 8, 8), np.uint8), first=1)], 'labels go from 1 to 10'),
+        (lambda f, t: ['extremes', f, *half_an_npz(t)], 'is not a whole npz file'),
+        (lambda f, t: ['extremes', f, '--data', 'cifar10'], '--data cifar10 needs --data-dir'),
+        (lambda f, t: ['extremes', f, '--data', 'cifar10', '--data-dir', str(t)], 'no cifar10_test.npz, and '),
+        (lambda f, t: ['extremes', f, '--data', 'digits', '--count', '0'], 'count=0'),
+        (lambda f, t: ['extremes', 'awm_resnet14_cifar', '--data', 'digits', '--model-kwargs', 'in_chans=1'], '--mean'),
+        (lambda f, t: ['inspect', 'awm_resnet15'], "'awm_resnet15' is neither a folder, a file of weights nor a model"),
+        (lambda f, t: ['inspect', str(t)], 'neither config.json nor last.safetensors'),
+        (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', str(t / 'x')], "no file '"),
+        (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--checkpoint', f + '/model.safetensors'], 'do not fit awm'),
+        (lambda f, t: ['inspect', f + '/model.safetensors'], 'does not say which model it is of'),
+        (lambda f, t: ['inspect', f, f, '--data', 'digits'], '2 nets with --data'),
+        (lambda f, t: ['inspect', f, '--per-class'], '--per-class needs images'),
+        (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', f + '/config.json'], 'do not fit awm'),
+        (lambda f, t: ['inspect', 'adaresnet18_released', *npz(t, np.zeros((9, 8, 8), np.uint8))], 'do not depend on'),
+        (lambda f, t: ['variance', '--group', 'a', f, f], 'an AWM net'),
+        (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),
+        (lambda f, t: ['curves', f], 'neither log.jsonl nor summary.csv'),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(folder, tmp_path, capsys, arguments, message):
+    assert main(arguments(str(folder), tmp_path)) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert message in errors[-1]
+    assert errors[-1].startswith('weighted-skip: ')
+
+
+def test_nan_weights_are_named(tmp_path, capsys):
+    net = make_net()
+    nn.init.constant_(net.layer2[1].merge.gate.fc1.weight, float('nan'))
+    run = run_folder(tmp_path / 'run', net, 'awm_resnet14_cifar')
+    assert main(['extremes', str(run), '--data', 'digits']) == 1
+    assert 'mapping units are NaN: layer2.1' in capsys.readouterr().err
+
+
+def test_without_the_extra_the_command_says_what_to_install(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tables, 'find_spec', lambda name: None)
+    for command in (
+        ['inspect', str(folder), '--out', str(tmp_path / 'out')],
+        ['discriminate', str(folder), '--data', 'digits'],
+        ['report', str(folder)],
+    ):
+        assert main(command) == 1
+        assert "pip install 'timm-weighted-skip[analysis]'" in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+    assert main(['inspect', str(folder)]) == 0

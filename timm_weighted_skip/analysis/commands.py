@@ -1,0 +1,147 @@
+"""What the analysis verbs of the command line do with their parsed arguments."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from torch import nn
+
+from timm_weighted_skip.analysis.collect import Collected, collect
+from timm_weighted_skip.analysis.curves import curves, read_run, sweep
+from timm_weighted_skip.analysis.data import LabelledImages, load_images
+from timm_weighted_skip.analysis.discriminate import discriminate
+from timm_weighted_skip.analysis.extremes import extreme_images
+from timm_weighted_skip.analysis.inspection import gate_table, rounds_table, skip_rounds, unit_table
+from timm_weighted_skip.analysis.nets import load_net
+from timm_weighted_skip.analysis.report import html_report
+from timm_weighted_skip.analysis.tables import Result, require, write_file
+from timm_weighted_skip.analysis.units import gates, mapping_units
+from timm_weighted_skip.analysis.variance import group_variance
+
+__all__ = [
+    'curve_result',
+    'discriminate_result',
+    'extremes_result',
+    'inspect_result',
+    'variance_result',
+    'write_report',
+]
+
+
+def _images(args: argparse.Namespace, net: nn.Module, split: str = 'validation') -> LabelledImages:
+    overrides = {name: getattr(args, name) for name in ('input_size', 'mean', 'std')}
+    return load_images(args.data, net, args.data_dir, split, **overrides)
+
+
+def _read(
+    args: argparse.Namespace, model: str, checkpoint: Optional[str]
+) -> tuple[nn.Module, LabelledImages, Collected]:
+    """The net, the test images and what the net's gates make of them."""
+    net = load_net(model, checkpoint, **args.model_kwargs).to(args.device)
+    mapping_units(net)  # says what is wrong with the net before the data is looked at
+    images = _images(args, net)
+    return net, images, collect(net, images.loader(args.batch_size, args.workers))
+
+
+def _table(nets: Sequence[nn.Module]) -> Result:
+    """What is known of the nets' weights without images."""
+    return unit_table(nets[0]) if len(nets) == 1 and gates(nets[0]) else rounds_table(nets)
+
+
+def inspect_result(args: argparse.Namespace) -> Result:
+    """The weights of one net's units; of several AdaResNets' side by side."""
+    if len(args.model) > 1 and args.checkpoint:
+        raise ValueError(f'--checkpoint with {len(args.model)} models; give one model, or no --checkpoint')
+    pairs = [(model, checkpoint) for model in args.model for checkpoint in args.checkpoint or [None]]
+    if args.data is None:
+        if args.per_class:
+            raise ValueError('--per-class needs images; give --data')
+        return _table([load_net(model, checkpoint, **args.model_kwargs) for model, checkpoint in pairs])
+    if len(pairs) > 1:
+        raise ValueError(f'{len(pairs)} nets with --data; an AWM net is inspected alone')
+    _, images, collected = _read(args, *pairs[0])
+    return gate_table(collected, images.classes if args.per_class else None)
+
+
+def variance_result(args: argparse.Namespace) -> Result:
+    """The variance of skip weights within and between groups of checkpoints."""
+    groups: dict[str, np.ndarray] = {}
+    names: list[str] = []
+    for name, *members in args.group:
+        if name in groups:
+            raise ValueError(f'group {name!r} is given twice; give its checkpoints together')
+        if not members:
+            raise ValueError(f'group {name!r} has no checkpoints; give --group NAME CHECKPOINT CHECKPOINT ...')
+        pairs = [(args.model or member, member if args.model else None) for member in members]
+        nets = [load_net(model, checkpoint, **args.model_kwargs) for model, checkpoint in pairs]
+        units, groups[name] = skip_rounds(nets)
+        names = names or [unit.name for unit in units]
+    return group_variance(groups, names)
+
+
+def extremes_result(args: argparse.Namespace) -> Result:
+    """The images with the lowest and the highest sum of weights."""
+    _, images, collected = _read(args, args.model, args.checkpoint)
+    return extreme_images(collected, images.classes, images.picture, args.count)
+
+
+def discriminate_result(args: argparse.Namespace) -> Result:
+    """How well weights tell classes, against pixels, features and random gates."""
+    require('sklearn')
+    net = load_net(args.model, args.checkpoint, **args.model_kwargs).to(args.device)
+    mapping_units(net)
+    loaders = [_images(args, net, split).loader(args.batch_size, args.workers) for split in ('train', 'validation')]
+    train, test = (collect(net, loader, controls=True, seed=args.seed) for loader in loaders)
+    return discriminate(train, test, args.dims, args.pca_variance, args.max_rank, args.seed)
+
+
+def curve_result(args: argparse.Namespace) -> Result:
+    """Curves of runs or, with `against`, what they end at."""
+    runs = [read_run(folder) for folder in args.runs]
+    return sweep(runs, args.against) if args.against else curves(runs, args.error)
+
+
+def write_report(args: argparse.Namespace) -> Path:
+    """Write the HTML page; returns its path."""
+    require('jinja2', 'matplotlib')
+    sections: dict[str, Result] = {}
+    folder = Path(args.model)
+    logged = any((folder / name).is_file() for name in ('log.jsonl', 'summary.csv'))
+    if args.data is None:
+        net = load_net(args.model, args.checkpoint, **args.model_kwargs)
+        weights = _table([net])
+    else:
+        net, images, collected = _read(args, args.model, args.checkpoint)
+        weights = gate_table(collected, images.classes)
+    sections['Model'] = Result(about=_model_facts(net), tables={})
+    if logged:
+        run = read_run(folder)
+        facts = {name: value for name, value in run.result.items() if name not in ('recipe', 'mapping_units')}
+        for heading, values in (('Run', facts), ('Recipe', run.result.get('recipe'))):
+            if isinstance(values, dict) and values:
+                sections[heading] = Result(values, {})
+        sections['Curves'] = curves([run])
+    sections['Weights'] = weights
+    if args.data is not None and 'concat' not in collected.kinds:
+        sections['Extremes'] = extreme_images(collected, images.classes, images.picture)
+    out = Path(args.out)
+    name = folder.resolve().name if folder.exists() else args.model
+    write_file(out, html_report(f'{name}: weights of the mapping units', sections))
+    return out
+
+
+def _model_facts(net: nn.Module) -> dict[str, Any]:
+    cfg: Any = getattr(net, 'pretrained_cfg', {})
+    units = mapping_units(net)
+    return {
+        'architecture': cfg.get('architecture', type(net).__name__),
+        'tag': cfg.get('tag'),
+        'parameters': f'{sum(p.numel() for p in net.parameters()):,}',
+        'of them in gates': f'{sum(p.numel() for gate in gates(net).values() for p in gate.parameters()):,}',
+        'mapping units': f'{len(units)} ({sum(unit.kind == "projection" for unit in units)} with a projection)',
+        'classes': str(net.num_classes),
+        'input size': ' x '.join('any' if size is None else str(size) for size in cfg.get('input_size', ())),
+        'license': cfg.get('license'),
+    }

@@ -1,0 +1,176 @@
+"""Labelled images to read a net's weights on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform, resolve_data_config
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from timm_weighted_skip.analysis.tables import require
+
+__all__ = ['LabelledImages', 'load_images']
+
+
+@dataclass
+class LabelledImages(Dataset):
+    """Images as the net takes them.
+
+    Attributes:
+        source: Pairs of a PIL image and its class number.
+        classes: Names in the order of the numbers.
+        transform: From PIL image to tensor.
+        mode: PIL's, 'RGB' or 'L'.
+    """
+
+    source: Sequence[tuple[Image.Image, int]]
+    classes: list[str]
+    transform: Callable[[Image.Image], torch.Tensor]
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.source[index]
+        return self.transform(image.convert(self.mode)), label
+
+    def picture(self, index: int) -> Image.Image:
+        """The image as it is."""
+        return self.source[index][0]
+
+    def loader(self, batch_size: int = 128, workers: int = 0) -> DataLoader:
+        """In order, the last batch included."""
+        return DataLoader(self, batch_size, num_workers=workers)
+
+
+class _Arrays:
+    """Images (N, H, W) or (N, H, W, 3) of bytes and labels (N,) as pairs."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+
+def _digits(train: bool) -> tuple[_Arrays, list[str]]:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, of which the last 360 are the test split."""
+    require('sklearn')
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    part = slice(0, 1437) if train else slice(1437, None)
+    images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)
+    return _Arrays(images, digits.target[part]), [str(name) for name in digits.target_names]
+
+
+def _npz(path: Path) -> tuple[_Arrays, list[str]]:
+    """Arrays `images` and `labels`, and `classes` if the classes have names."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in ('images', 'labels') if name not in arrays]
+            if missing:
+                raise ValueError(
+                    f'{path} has no array {" and no ".join(missing)}; it has {", ".join(arrays) or "none"}'
+                )
+            images, labels = arrays['images'], arrays['labels']
+            classes = [str(name) for name in arrays['classes']] if 'classes' in arrays else []
+    except (BadZipFile, EOFError) as error:
+        raise ValueError(f'{path} is not a whole npz file ({error})') from None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        raise ValueError(
+            f'{path}: images are {images.dtype} of shape {images.shape} with {len(labels)} labels; '
+            'give uint8 (N, H, W) or (N, H, W, 3) and N labels'
+        )
+    highest = int(labels.max(initial=-1))
+    classes = classes or [str(k) for k in range(highest + 1)]
+    if labels.min(initial=0) < 0 or highest >= len(classes):
+        raise ValueError(f'{path}: labels go from {labels.min()} to {highest}, and there are {len(classes)} classes')
+    return _Arrays(images, labels), classes
+
+
+def load_images(
+    name: str,
+    model: nn.Module,
+    data_dir: Optional[Union[str, Path]] = None,
+    split: str = 'validation',
+    **data_args: Any,
+) -> LabelledImages:
+    """The images of a set, made ready for `model` as timm evaluates it.
+
+    Args:
+        name: 'digits', scikit-learn's; 'folder', `data_dir/{train,validation}/<class>/<image>`; NAME for
+            `data_dir/NAME_{train,test}.npz` with arrays `images`, `labels` and perhaps `classes`, or else torchvision's
+            data set in `data_dir`; or a name of timm's `create_dataset`, such as `hfds/cifar10`.
+        model: Tells input size, normalisation and number of classes.
+        data_dir: Where the data lies.
+        split: 'train', or timm's names for the rest.
+        data_args: Overrides of timm's data config: `input_size`, `mean`, `std`.
+
+    Raises:
+        ValueError: There are no images, the classes are not as many as the net's, or name, shape or channels are wrong.
+        OSError: There is no such file or folder.
+    """
+    train = split in ('train', 'training')
+    npz = Path(data_dir or '.', f'{name}_{"train" if train else "test"}.npz')
+    source: Any
+    if name == 'digits':
+        source, classes = _digits(train)
+    elif data_dir is None and '/' not in name:
+        raise ValueError(f'--data {name} needs --data-dir, the folder of its files')
+    elif npz.is_file():
+        source, classes = _npz(npz)
+    else:
+        dataset = '' if name == 'folder' else name if '/' in name else f'torch/{name}'
+        try:
+            source = create_dataset(dataset, root=str(data_dir) if data_dir else None, split=split)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f'no images of {name!r}, split {split!r}, in {data_dir}: no {npz.name}, and {reason}'
+            ) from error
+        if isinstance(source, IterableDataset):
+            raise ValueError(f'{name!r} is a stream; give a data set whose images have numbers')
+        classes = getattr(source, 'classes', None) or list(source.reader.class_to_idx)
+    if not len(source):
+        raise ValueError(f'{name!r}, split {split!r}, has no images')
+    num_classes = getattr(model, 'num_classes', len(classes))
+    if len(classes) != num_classes:
+        raise ValueError(f'{name!r} has {len(classes)} classes and the net {num_classes}; give the set it was made for')
+    return LabelledImages(source, list(classes), *_transform(model, source[0][0], data_args))
+
+
+def _transform(
+    model: nn.Module, first: Image.Image, data_args: dict[str, Any]
+) -> tuple[Callable[[Image.Image], torch.Tensor], str]:
+    """timm's evaluation transform for `model`, and PIL's mode of its images.
+
+    A model whose config names no height and width takes images as they are, of the size of `first`.
+    """
+    cfg: Any = getattr(model, 'pretrained_cfg', {})
+    channels = model.get_submodule(cfg['first_conv']).in_channels
+    if channels not in (1, 3):
+        raise ValueError(f'the net takes images of {channels} channels; 1 and 3 can be read')
+    given = {name: value for name, value in data_args.items() if value is not None}
+    if 'input_size' not in given:
+        as_they_are = cfg['input_size'][1] is None
+        height, width = (first.height, first.width) if as_they_are else cfg['input_size'][1:]
+        given.update(input_size=(channels, height, width), **({'crop_pct': 1.0} if as_they_are else {}))
+    for name in ('mean', 'std'):
+        value = given.get(name) or cfg[name]
+        if len(value) != channels:
+            raise ValueError(
+                f'the net takes {channels} channel(s), and {name} has {len(value)} value(s); '
+                'give --mean and --std as it was trained'
+            )
+    return create_transform(**resolve_data_config(given, model=model)), 'L' if channels == 1 else 'RGB'

@@ -1,0 +1,123 @@
+"""What an analysis found, as numbers (CSV and JSON), as tables in the terminal and as pictures (PNG and SVG)."""
+
+import csv
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['Result', 'Table', 'format_value', 'require', 'write_file']
+
+
+def require(*modules: str) -> None:
+    """Raise an ImportError that says what to install unless every one of `modules`, of the analysis extra, is there."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"this needs {' and '.join(missing)}; install with: pip install 'timm-weighted-skip[analysis]'"
+        )
+
+
+def write_file(path: Path, content: Union[str, bytes]) -> None:
+    """Write `path` as a whole or, on a failure, leave what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's file is for its owner alone
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def format_value(value: Any) -> str:
+    """To read: floats to four places, or to two digits if they are smaller."""
+    if value is None:
+        return '-'
+    if not isinstance(value, float):
+        return str(value)
+    return f'{value:.1e}' if 0 < abs(value) < 5e-4 else f'{value:.4f}'
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows; a cell without a value is None."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def cells(self) -> list[list[str]]:
+        """The rows as text to read."""
+        return [[format_value(value) for value in row] for row in self.rows]
+
+    def text(self) -> str:
+        """For the terminal: numbers to the right, words to the left."""
+        lines = [list(self.columns), *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        numeric = [not any(isinstance(value, str) for value in column) for column in zip(*self.rows)]
+        aligned = (
+            [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric)]
+            for line in lines
+        )
+        return '\n'.join('  '.join(line).rstrip() for line in aligned)
+
+    def csv(self) -> str:
+        """In full precision."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator='\n')
+        writer.writerows([self.columns, *self.rows])
+        return out.getvalue()
+
+    def records(self) -> list[dict[str, Any]]:
+        """For JSON, which has no numbers that are not finite: those are None."""
+        finite = [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in self.rows]
+        return [dict(zip(self.columns, row)) for row in finite]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one analysis.
+
+    Attributes:
+        about: What was measured on what.
+        tables: By name, which is the stem of the CSV file.
+        figures: By name; called to draw, so that numbers alone need no matplotlib.
+    """
+
+    about: dict[str, Any]
+    tables: dict[str, Table]
+    figures: dict[str, Callable[[], 'Figure']] = field(default_factory=dict)
+
+    def text(self) -> str:
+        about = '\n'.join(f'{key}: {format_value(value)}' for key, value in self.about.items())
+        return '\n\n'.join([about, *(table.text() for table in self.tables.values())])
+
+    def save(self, folder: Union[str, Path]) -> list[Path]:
+        """Write `<table>.csv`, `<table>.json`, `<figure>.png` and `<figure>.svg` to `folder`; returns their paths."""
+        from timm_weighted_skip.analysis.figures import render
+
+        files: dict[Path, Union[str, bytes]] = {}
+        for name, table in self.tables.items():
+            numbers = {'about': self.about, 'rows': table.records()}
+            files[Path(folder, f'{name}.csv')] = table.csv()
+            files[Path(folder, f'{name}.json')] = json.dumps(numbers, indent=1) + '\n'
+        for name, draw in self.figures.items():
+            figure = draw()
+            for form in ('png', 'svg'):
+                files[Path(folder, f'{name}.{form}')] = render(figure, form)
+        for path, content in files.items():
+            write_file(path, content)
+        return list(files)
