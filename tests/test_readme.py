@@ -22,7 +22,7 @@ def test_model_table_is_the_printed_one(monkeypatch):
     table = re.search(r'<!-- models -->\n(.*?)\n<!-- /models -->', README, re.DOTALL)
     # The tags are those of the installed timm, so only the rest is compared.
     shown, printed = (
-        re.sub(r'[^|]*\|$', '', text, flags=re.MULTILINE) for text in (table.group(1), model_table(markdown=True))
+        re.sub(r'[^|]*\|$', '', text, flags=re.MULTILINE) for text in (table.group(1), model_table().markdown())
     )
     assert shown == printed
 

@@ -26,7 +26,8 @@ def add_list(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis.listing import model_table
 
-        print(model_table(args.pattern, args.markdown))
+        table = model_table(args.pattern)
+        print(table.markdown() if args.markdown else table.text())
 
     parser.set_defaults(run=run)
 

@@ -8,6 +8,7 @@ import torch
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg_value, split_model_name_tag
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_weighted_skip.analysis.tables import Table
 from timm_weighted_skip.analysis.units import named_merges
 from timm_weighted_skip.models.names import model_names
 
@@ -52,22 +53,15 @@ def model_cost(name: str) -> ModelCost:
     return ModelCost(name, params, counter.get_total_flops() // 2, units, input_size, tags)
 
 
-def model_table(pattern: str = '*', markdown: bool = False) -> str:
-    """A table of the models that match `pattern`, as aligned text or in Markdown.
+def model_table(pattern: str = '*') -> Table:
+    """The models that match `pattern`.
 
     Raises:
         ValueError: None matches.
     """
-    rows = [('model', 'params (M)', 'MACs (M)', 'units', 'input', 'checkpoints')]
+    rows = []
     for cost in map(model_cost, model_names(pattern)):
+        tags = ', '.join(cost.tags[:3]) + (f' and {len(cost.tags) - 3} more' if len(cost.tags) > 3 else '')
         size = 'x'.join(map(str, cost.input_size))
-        tags = ', '.join(cost.tags[:3]) + (f' and {len(cost.tags) - 3} more' if len(cost.tags) > 3 else '') or '-'
-        rows.append((cost.name, f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e6:.1f}', str(cost.units), size, tags))
-    if markdown:
-        rows.insert(1, ('---', '---:', '---:', '---:', '---', '---'))
-        return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join(
-        '  '.join(c.rjust(w) if 0 < i < 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    )
+        rows.append([cost.name, cost.params / 1e6, cost.macs / 1e9, cost.units or None, size, tags or '-'])
+    return Table(['model', 'params (M)', 'MACs (G)', 'units', 'input', 'checkpoints'], rows)

@@ -74,6 +74,11 @@ class Table:
         )
         return '\n'.join('  '.join(line).rstrip() for line in aligned)
 
+    def markdown(self) -> str:
+        """For a README."""
+        lines = [self.columns, ['---'] * len(self.columns), *self.cells()]
+        return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
     def csv(self) -> str:
         """In full precision."""
         out = io.StringIO()
