@@ -16,7 +16,7 @@ __all__ = ['fold']
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity)
 
 
-def fold(model: ResNet) -> tuple[ResNet, list[str]]:
+def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
     """Fold the weights of an AdaResNet into its other layers, for deployment: the plain net with the same outputs.
 
     A projection shortcut ends in a norm layer, whose affine takes `w` of any sign. An identity shortcut has no layer,

@@ -1,8 +1,12 @@
-"""What a net's architecture is called after a conversion."""
+"""What a net's architecture and arguments are after a conversion."""
+
+from typing import Any
 
 from torch import nn
 
-__all__ = ['rename']
+__all__ = ['plain_args', 'rename']
+
+MERGE_ARGS = ('hidden', 'plain', 'scale', 'sharing', 'skip_fixed', 'skip_init')
 
 
 def rename(model: nn.Module, prefix: str) -> None:
@@ -14,3 +18,8 @@ def rename(model: nn.Module, prefix: str) -> None:
     plain = (cfg.get('architecture') or '').removeprefix('awm_').removeprefix('ada')
     cfg['architecture'] = f'{prefix}{plain}'
     model.pretrained_cfg = model.default_cfg = cfg
+
+
+def plain_args(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Those of a net's arguments that its plain net has too."""
+    return {name: value for name, value in model_args.items() if name not in MERGE_ARGS}

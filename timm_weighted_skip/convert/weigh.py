@@ -43,7 +43,7 @@ def _weigh_blocks(model: ResNet, merge: Callable[..., nn.Module]) -> None:
         block.merge.train(block.training)
 
 
-def _plain_copy(model: nn.Module) -> nn.Module:
+def _plain_copy(model: Net) -> Net:
     """A copy of `model` without merges.
 
     Raises:
