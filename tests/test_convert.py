@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from checkpoints import randomised
 from timm.models.densenet import DenseNet
 from timm.models.resnet import ResNet
 
@@ -10,19 +11,6 @@ import timm_weighted_skip
 from timm_weighted_skip.convert import to_adaresnet, to_awm, to_plain
 
 NETS = ['resnet18', 'resnet14t', 'resnext50_32x4d', 'seresnet50', 'ecaresnet26t', 'resnetblur50', 'resnet50_gn']
-
-
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """`model` in eval mode with norms as after training: no zeros, no identity."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._NormBase):
-                module.running_mean.normal_(0, 0.3, generator=generator)
-                module.running_var.uniform_(0.5, 2, generator=generator)
-                module.weight.uniform_(0.3, 1, generator=generator)
-                module.bias.normal_(0, 0.3, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope='module')

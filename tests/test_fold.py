@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from test_convert import randomised
+from checkpoints import randomised
 from timm.models.resnet import ResNet
 
 import timm_weighted_skip

@@ -8,7 +8,7 @@ import torch
 from timm.models import is_model
 from torch import nn
 
-from timm_weighted_skip.hub.config import FILES, Results, read_json
+from timm_weighted_skip.hub.config import FILES, Results, one_line, read_json
 from timm_weighted_skip.hub.weights import is_pickle, read_weights
 
 __all__ = ['validate_checkpoint']
@@ -36,7 +36,7 @@ def _build(config: dict[str, Any], file: Path) -> nn.Module:
     try:
         return timm.create_model(architecture, pretrained_cfg={**cfg, 'architecture': architecture}, **args)
     except (RuntimeError, TypeError, LookupError, AssertionError) as error:
-        raise ValueError(f'{file}: {architecture} cannot be built: {error}') from None
+        raise ValueError(f'{file}: {architecture} cannot be built: {one_line(error)}') from None
 
 
 def _match(tensors: dict[str, torch.Tensor], model: nn.Module, architecture: str, file: Path) -> None:
@@ -92,7 +92,7 @@ def validate_checkpoint(folder: Path) -> nn.Module:
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     except RuntimeError as error:
-        raise ValueError(f'{folder / "config.json"} does not fit the weights: {error}') from None
+        raise ValueError(f'{folder / "config.json"} does not fit the weights: {one_line(error)}') from None
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor, tensors[name].to(tensor.dtype)):
             raise ValueError(f'{folder / "model.safetensors"}: {name} did not load as it is stored')
@@ -123,4 +123,4 @@ def _check_card(file: Path) -> None:
         if card.data.get('library_name') != 'timm':
             raise ValueError(f'library_name is {card.data.get("library_name")!r}, not timm')
     except Exception as error:  # of the YAML parser's own making
-        raise ValueError(f'{file} is not a model card: {error}') from None
+        raise ValueError(f'{file} is not a model card: {one_line(error)}') from None

@@ -10,7 +10,7 @@ from typing import Any, Optional
 from timm.models import filter_pretrained_cfg
 from torch import nn
 
-__all__ = ['FILES', 'Results', 'model_config', 'read_json']
+__all__ = ['FILES', 'Results', 'model_config', 'one_line', 'read_json']
 
 FILES = ('README.md', 'config.json', 'model.safetensors', 'sample.safetensors')
 """The files of a checkpoint directory. The sample is an input and the logits that the net gave for it."""
@@ -124,6 +124,11 @@ def model_config(
     if results:
         config['results'] = results.to_dict()
     return config
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error without its line breaks."""
+    return ' '.join(str(error).split())
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Optional
 
 from timm_weighted_skip.hub.checkpoint import validate_checkpoint
-from timm_weighted_skip.hub.config import FILES
+from timm_weighted_skip.hub.config import FILES, one_line
 from timm_weighted_skip.models.pretrained import HUB_OWNER
 
 __all__ = ['publish', 'publish_all', 'read_token']
@@ -51,7 +51,7 @@ def _reason(error: BaseException) -> str:
             said = getattr(cause, 'server_message', None)
             return f'{known} (HTTP {status}{f": {said}" if said else ""})'
         error, cause = cause, cause.__cause__
-    return f'the Hub could not be reached: {" ".join(str(error).split()) or type(error).__name__}'
+    return f'the Hub could not be reached: {one_line(error) or type(error).__name__}'
 
 
 def publish(

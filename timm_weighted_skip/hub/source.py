@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from timm.models import load_model_config_from_hf, load_state_dict, parse_model_name
 from torch import nn
 
-from timm_weighted_skip.hub.config import read_json
+from timm_weighted_skip.hub.config import one_line, read_json
 
 __all__ = ['load_net']
 
@@ -42,6 +42,6 @@ def load_net(
             model.load_state_dict(load_state_dict(str(checkpoint), weights_only=True))
     except (RuntimeError, TypeError, EOFError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
         what = f'{checkpoint} is not a checkpoint of {name}' if checkpoint else f'{name} could not be loaded'
-        raise ValueError(f'{what}: {" ".join(str(error).split())}') from None
+        raise ValueError(f'{what}: {one_line(error)}') from None
     args = {**stored, **model_kwargs}
     return model.eval(), {k: v for k, v in args.items() if k not in ('num_classes', 'in_chans')}
