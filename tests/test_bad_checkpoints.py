@@ -113,7 +113,9 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'sample.safetensors', 'pytorch_model.bin', 'notes.txt', 'a.pth'])
+@pytest.mark.parametrize(
+    'name', ['model.safetensors', 'sample/logits.safetensors', 'pytorch_model.bin', 'notes.txt', 'a.pth']
+)
 @pytest.mark.parametrize('kind', ['pickle', 'torch'])
 def test_pickle_is_not_executed(folder, name, kind, tmp_path):
     mark = tmp_path / 'executed'
@@ -166,7 +168,7 @@ def test_config_that_is_not_json(folder, text):
     refused(folder, 'config.json', 'is not JSON|not an object')
 
 
-@pytest.mark.parametrize('name', ['README.md', 'config.json', 'model.safetensors', 'sample.safetensors'])
+@pytest.mark.parametrize('name', ['README.md', 'config.json', 'model.safetensors', 'sample/logits.safetensors'])
 def test_missing_file(folder, name):
     (folder / name).unlink()
     refused(folder, name, f'has no {name}')
@@ -181,7 +183,7 @@ def test_bad_card(folder, text):
 def test_weights_that_were_exchanged(folder):
     """Whole, finite and of the right shapes, but not those that the sample was made with."""
     rewrite(folder / 'model.safetensors', lambda t: t['layer1.0.conv1.weight'].mul_(-1))
-    refused(folder, 'sample.safetensors', 'stored logits')
+    refused(folder, 'sample/logits.safetensors', 'stored logits')
 
 
 def test_no_such_folder(tmp_path):

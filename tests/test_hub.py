@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from timm_weighted_skip import cli
+from timm_weighted_skip.convert import to_awm
 from timm_weighted_skip.hub import Results, save_checkpoint, validate_checkpoint
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -28,11 +29,11 @@ def folder(tmp_path_factory) -> Path:
 def test_local_dir_gives_the_net_back(folder):
     net = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     assert torch.equal(net(IMAGE), trained_net()(IMAGE))
-    assert sorted(file.name for file in folder.iterdir()) == [
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob('*.*')) == [
         'README.md',
         'config.json',
         'model.safetensors',
-        'sample.safetensors',
+        'sample/logits.safetensors',
     ]
     assert [file.name for file in folder.parent.iterdir()] == [NAME]
 
@@ -67,16 +68,22 @@ def test_nets_of_other_arguments(tmp_path, name, args):
 
 def test_arguments_that_were_left_out_are_noticed_and_nothing_is_left(tmp_path):
     # No shape tells the two nets apart.
-    with pytest.raises(ValueError, match=r'net/sample.safetensors: .*stored logits.*model_args'):
+    with pytest.raises(ValueError, match=r'net/sample/logits.safetensors: .*stored logits.*model_args'):
         save_checkpoint(trained_net(scale=1.0), tmp_path / 'net')
     assert not list(tmp_path.iterdir())
 
 
+def test_a_net_without_a_registered_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='awm_seresnet18 is not registered'):
+        save_checkpoint(to_awm(timm.create_model('seresnet18')), tmp_path / 'net')
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_there_stays(folder):
-    before = {file: file.read_bytes() for file in folder.iterdir()}
+    before = {file: file.read_bytes() for file in folder.rglob('*.*')}
     with pytest.raises(FileExistsError, match='exists'):
         save_checkpoint(timm.create_model('awm_resnet14_cifar'), folder)
-    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    assert {file: file.read_bytes() for file in folder.rglob('*.*')} == before
 
 
 def test_card_front_matter(folder):

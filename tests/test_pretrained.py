@@ -140,9 +140,9 @@ def installed(tmp_path) -> Path:
 def test_checkpoint_in_the_wheel_loads_offline(installed, tmp_path):
     folder = installed / 'timm_weighted_skip/checkpoints/awm_resnet14_cifar.test'
     out = tmp_path / 'y.safetensors'
-    args = ('awm_resnet14_cifar.test', folder / 'sample.safetensors', out)
+    args = ('awm_resnet14_cifar.test', folder / 'sample/logits.safetensors', out)
     new_process(LOGITS, *args, path=installed, HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path / 'cache'))
-    expected = safetensors.torch.load_file(folder / 'sample.safetensors')['logits']
+    expected = safetensors.torch.load_file(folder / 'sample/logits.safetensors')['logits']
     assert torch.equal(safetensors.torch.load_file(out)['logits'], expected)
 
 
@@ -153,9 +153,9 @@ def test_checkpoint_that_is_not_in_the_wheel_comes_from_its_repository(installed
         repo.commit({'model.safetensors': (folder / 'model.safetensors').read_bytes()})
         (folder / 'model.safetensors').unlink()
         out = tmp_path / 'y.safetensors'
-        args = ('awm_resnet14_cifar.test', folder / 'sample.safetensors', out)
+        args = ('awm_resnet14_cifar.test', folder / 'sample/logits.safetensors', out)
         new_process(LOGITS, *args, path=installed, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / 'cache'))
-    expected = safetensors.torch.load_file(folder / 'sample.safetensors')['logits']
+    expected = safetensors.torch.load_file(folder / 'sample/logits.safetensors')['logits']
     assert torch.equal(safetensors.torch.load_file(out)['logits'], expected)
 
 

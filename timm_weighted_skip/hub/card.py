@@ -1,12 +1,14 @@
-"""The model card of a checkpoint directory, made of its config and of the net: timm's sections, no number by hand."""
+"""The model card of a checkpoint directory, made of its config: timm's sections, no number by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_weighted_skip.hub.config import Results, accuracy
+from timm_weighted_skip.hub.checkpoint import build_net
+from timm_weighted_skip.hub.config import Results, accuracy, read_json
 
 __all__ = ['model_card']
 
@@ -69,8 +71,8 @@ embedding = model.forward_head(features, pre_logits=True)  # (1, {num_features})
 
 
 @torch.no_grad()
-def _details(model: nn.Module, x: torch.Tensor) -> tuple[dict[str, str], torch.Tensor, list[torch.Tensor]]:
-    """Costs for the one image `x`, in timm's words, and the unpooled and the intermediate features."""
+def _costs(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
+    """Costs for the one image `x`, in timm's words."""
     activations = 0
 
     def count(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -82,14 +84,12 @@ def _details(model: nn.Module, x: torch.Tensor) -> tuple[dict[str, str], torch.T
         model(x)
     for handle in handles:
         handle.remove()
-    details = {
+    return {
         'Params (M)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
         'GMACs': f'{counter.get_total_flops() / 2e9:.3f}',
         'Activations (M)': f'{activations / 1e6:.2f}',
         'Image size': f'{x.shape[2]} x {x.shape[3]}',
     }
-    features = model.forward_features(x)  # type: ignore[operator]
-    return details, features, model.forward_intermediates(x, intermediates_only=True)  # type: ignore[operator]
 
 
 def _block(text: str, language: str = 'python') -> str:
@@ -108,21 +108,23 @@ def _results_section(results: Results, architecture: str) -> str:
     )
 
 
-def model_card(model: nn.Module, config: dict[str, Any], repo_id: str) -> str:
-    """Text of the README of a checkpoint directory.
+@torch.no_grad()
+def model_card(folder: Path, repo_id: str) -> str:
+    """Text of the README of a checkpoint directory, made of its `config.json`.
 
     Args:
-        model: Its net.
-        config: Its `config.json`.
+        folder: The directory.
         repo_id: The Hub repository that the snippets load.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
+    config = read_json(folder / 'config.json')
     results = Results.from_dict(config['results']) if 'results' in config else None
     architecture, cfg = config['architecture'], config['pretrained_cfg']
     shape = (1, *cfg['input_size'])
-    like = next(model.parameters())
-    details, features, intermediates = _details(model.eval(), torch.zeros(shape, dtype=like.dtype))
+    image = torch.zeros(shape)
+    model = build_net(config, folder / 'config.json').eval()
+    stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
     license = results.license if results else cfg.get('license', 'apache-2.0')
 
     evaluation: dict[str, Any] = {}
@@ -161,7 +163,7 @@ def model_card(model: nn.Module, config: dict[str, Any], repo_id: str) -> str:
     family = architecture[:3]
     size = f'({", ".join(map(str, shape))})'
     channels = cfg['input_size'][0]
-    shown = '\n'.join(f'# torch.Size({list(feature.shape)})' for feature in intermediates)
+    shown = '\n'.join(f'# torch.Size({list(feature.shape)})' for feature in stages)
     fill = dict(
         repo_id=repo_id,
         mode='L' if channels == 1 else 'RGB',
@@ -170,7 +172,7 @@ def model_card(model: nn.Module, config: dict[str, Any], repo_id: str) -> str:
         shape=size.strip('()'),
         shapes=shown,
         num_features=config['num_features'],
-        feature_shape=tuple(features.shape),
+        feature_shape=tuple(model.forward_features(image).shape),  # type: ignore[operator]
     )
     parts = [
         f'---\n{data.to_yaml()}\n---\n# Model card for {repo_id.split("/")[-1]}\n',
@@ -179,7 +181,7 @@ def model_card(model: nn.Module, config: dict[str, Any], repo_id: str) -> str:
         *([f'{results.description}\n'] if results and results.description else []),
         '## Model Details\n',
         '- **Model Type:** Image classification / feature backbone\n- **Model Stats:**\n'
-        + '\n'.join(f'  - {name}: {value}' for name, value in details.items())
+        + '\n'.join(f'  - {name}: {value}' for name, value in _costs(model, image).items())
         + (f'\n- **Dataset:** {results.dataset}' if results else '')
         + (
             f'\n- **Recipe:** `{results.recipe}`\n- **Seeds:** {", ".join(map(str, results.seeds))}'

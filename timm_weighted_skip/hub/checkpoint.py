@@ -8,10 +8,10 @@ import torch
 from timm.models import is_model
 from torch import nn
 
-from timm_weighted_skip.hub.config import FILES, Results, one_line, read_json
+from timm_weighted_skip.hub.config import FILES, SAMPLE, Results, one_line, read_json
 from timm_weighted_skip.hub.weights import is_pickle, read_weights
 
-__all__ = ['validate_checkpoint']
+__all__ = ['build_net', 'validate_checkpoint']
 
 # Another CPU's convolutions differ in the last digits; another net differs in the first.
 SAMPLE_ERROR = 1e-3
@@ -21,8 +21,8 @@ def _first(names: set[str]) -> str:
     return f'{", ".join(sorted(names)[:3])}{", ..." if len(names) > 3 else ""} ({len(names)})'
 
 
-def _build(config: dict[str, Any], file: Path) -> nn.Module:
-    """The net that the config names, untrained."""
+def build_net(config: dict[str, Any], file: Path, **kwargs: Any) -> nn.Module:
+    """The net that the config in `file` names, untrained; `kwargs` are `timm.create_model`'s."""
     architecture, args, cfg = config.get('architecture'), config.get('model_args', {}), config.get('pretrained_cfg')
     if not isinstance(architecture, str) or not is_model(architecture):
         raise ValueError(f'{file} names the architecture {architecture!r}, which is not registered in timm')
@@ -34,7 +34,7 @@ def _build(config: dict[str, Any], file: Path) -> nn.Module:
         if cfg.get(source):
             raise ValueError(f'{file} sets {source}={cfg[source]!r}; the weights are those of its own directory')
     try:
-        return timm.create_model(architecture, pretrained_cfg={**cfg, 'architecture': architecture}, **args)
+        return timm.create_model(architecture, pretrained_cfg={**cfg, 'architecture': architecture}, **args, **kwargs)
     except (RuntimeError, TypeError, LookupError, AssertionError) as error:
         raise ValueError(f'{file}: {architecture} cannot be built: {one_line(error)}') from None
 
@@ -80,13 +80,13 @@ def validate_checkpoint(folder: Path) -> nn.Module:
     if 'results' in config:
         Results.from_dict(config['results'], str(folder / 'config.json'))
     tensors, metadata = read_weights(folder / 'model.safetensors')
-    sample, _ = read_weights(folder / 'sample.safetensors')
+    sample, _ = read_weights(folder / SAMPLE)
     architecture = config.get('architecture', '')
     if metadata.get('architecture') != architecture:
         raise ValueError(
             f'{folder / "config.json"} names {architecture!r}, but the weights are of {metadata.get("architecture")!r}'
         )
-    _match(tensors, _build(config, folder / 'config.json'), architecture, folder / 'model.safetensors')
+    _match(tensors, build_net(config, folder / 'config.json'), architecture, folder / 'model.safetensors')
     _check_card(folder / 'README.md')
 
     try:
@@ -96,7 +96,7 @@ def validate_checkpoint(folder: Path) -> nn.Module:
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor, tensors[name].to(tensor.dtype)):
             raise ValueError(f'{folder / "model.safetensors"}: {name} did not load as it is stored')
-    _check_sample(model, sample, folder / 'sample.safetensors')
+    _check_sample(model, sample, folder / SAMPLE)
     return model
 
 

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
-from timm.models import filter_pretrained_cfg
+from timm.models import filter_pretrained_cfg, is_model
 from torch import nn
 
-__all__ = ['FILES', 'Results', 'model_config', 'one_line', 'read_json']
+__all__ = ['FILES', 'SAMPLE', 'Results', 'model_config', 'one_line', 'read_json']
 
-FILES = ('README.md', 'config.json', 'model.safetensors', 'sample.safetensors')
+# In a folder of its own: some versions of timm can't choose between two safetensors files side by side.
+SAMPLE = 'sample/logits.safetensors'
+FILES = ('README.md', 'config.json', 'model.safetensors', SAMPLE)
 """The files of a checkpoint directory. The sample is an input and the logits that the net gave for it."""
 
 MAX_JSON_BYTES = 10_000_000
@@ -102,10 +104,18 @@ def model_config(
         model: Net with a `pretrained_cfg`, as every net of `timm.create_model` has.
         model_args: Arguments that the net was made with, beside number of classes and input channels.
         results: Goes into the config, where timm lets it be.
+
+    Raises:
+        ValueError: The architecture is not registered, as of `to_awm` of a net whose AWM form has no name.
     """
     cfg = {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'}  # type: ignore[union-attr, operator]
     cfg = filter_pretrained_cfg(cfg, remove_source=True, remove_null=True)
     architecture = cfg.pop('architecture')
+    if not is_model(architecture):
+        raise ValueError(
+            f'{architecture} is not registered in timm, so no config could rebuild the net; keep its state dict, and '
+            'convert the plain net again before loading it'
+        )
     num_classes: int = model.num_classes  # type: ignore[assignment]
     if cfg.get('num_classes') != num_classes:
         # These speak of the net's former classes.

@@ -14,7 +14,7 @@ from torch import nn
 import timm_weighted_skip
 from timm_weighted_skip.hub.card import model_card
 from timm_weighted_skip.hub.checkpoint import validate_checkpoint
-from timm_weighted_skip.hub.config import Results, model_config
+from timm_weighted_skip.hub.config import SAMPLE, Results, model_config
 from timm_weighted_skip.hub.weights import write_weights
 from timm_weighted_skip.models.pretrained import HUB_OWNER
 
@@ -64,10 +64,11 @@ def save_checkpoint(
         model.eval()
         sample = _sample(model, config['pretrained_cfg']['input_size'])
         (staging / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-        card = model_card(model, config, f'{HUB_OWNER}/{folder.name}')
+        card = model_card(staging, f'{HUB_OWNER}/{folder.name}')
         (staging / 'README.md').write_text(card, encoding='utf-8')
         write_weights(model.state_dict(), staging / 'model.safetensors', metadata)
-        write_weights(sample, staging / 'sample.safetensors', {'format': 'pt'})
+        (staging / SAMPLE).parent.mkdir()
+        write_weights(sample, staging / SAMPLE, {'format': 'pt'})
         validate_checkpoint(staging)
         staging.chmod(0o755)  # a temporary folder is its owner's alone
         staging.rename(folder)
