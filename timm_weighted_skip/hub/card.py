@@ -139,7 +139,7 @@ def model_card(folder: Path, repo_id: str) -> str:
         mean = round(sum(results.top1) / len(results.top1), 2)
         own = results.top1[results.seeds.index(results.seed)]
         evaluation = dict(
-            datasets=[results.dataset_id],
+            datasets=[results.dataset_id] if '/' in results.dataset_id else None,
             metrics=['accuracy'],
             model_name=repo_id.split('/')[-1],
             eval_results=[

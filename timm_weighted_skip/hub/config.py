@@ -26,7 +26,7 @@ class Results:
 
     Attributes:
         dataset: Name of the data, such as 'CIFAR-10'.
-        dataset_id: Its id on the Hub, such as 'uoft-cs/cifar10'.
+        dataset_id: Its id on the Hub, such as 'uoft-cs/cifar10'; a name without owner if it is not there.
         split: What accuracy was measured on.
         recipe: Command that trains the net again.
         epochs: Length of the training.

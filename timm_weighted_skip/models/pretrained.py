@@ -74,9 +74,25 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
 
 
 def default_cfgs_of(cfgs: Mapping[str, Union[PretrainedCfg, dict[str, Any]]]) -> dict[str, DefaultCfg]:
-    """timm's `generate_default_cfgs` of `cfgs` and of the checkpoint directories that the package has of these nets."""
-    names = {split_model_name_tag(name)[0] for name in cfgs}
-    return generate_default_cfgs({**cfgs, **staged_cfgs(checkpoint_root(), names)})
+    """timm's `generate_default_cfgs` of `cfgs` and of the checkpoint directories that the package has of these nets.
+
+    A net's default is timm's checkpoint if it has one, else our first of the net's own input and classes: a checkpoint
+    for other data does not change what the bare name builds.
+    """
+    default = {split_model_name_tag(name)[0]: name for name in reversed(cfgs)}  # the first of each net
+    staged = staged_cfgs(checkpoint_root(), default)
+    own = {name: cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg(**cfg) for name, cfg in cfgs.items()}
+    entries = {**staged, **own}
+    for name, cfg in staged.items():
+        net = split_model_name_tag(name)[0]
+        first = entries[default[net]]
+        same = (cfg.num_classes, *cfg.input_size) == (first.num_classes, *first.input_size)
+        if same and not first.has_weights:
+            default[net] = name
+    # timm takes a tag that ends in a star as the default, if no other with weights follows.
+    nets = {split_model_name_tag(name)[0]: None for name in staged}
+    starred = {f'{default[net]}*': entries.pop(default[net]) for net in nets}
+    return generate_default_cfgs({**entries, **starred})
 
 
 def require_checkpoint(
