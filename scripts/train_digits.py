@@ -44,7 +44,7 @@ def main() -> None:
     # The loader's normalisation, as timm's transforms need it: for pixels that go from 0 to 1.
     darkest, brightest = train_data[0].min().item(), train_data[0].max().item()
     model = nets[0]
-    model.pretrained_cfg.update(
+    model.pretrained_cfg.update(  # type: ignore[union-attr, operator]
         input_size=(1, 8, 8),
         pool_size=(2, 2),
         mean=(-darkest / (brightest - darkest),),

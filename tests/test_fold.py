@@ -88,6 +88,13 @@ def test_the_source_stays_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+def test_not_a_number_is_no_weight_to_fold():
+    net = trained('adaresnet14_cifar')
+    torch.nn.init.constant_(net.layer1[1].merge.weight, float('nan'))
+    with pytest.raises(ValueError, match=r'layer1\.1\.merge\.weight is beyond'):
+        fold(net)
+
+
 @pytest.mark.parametrize(
     ('name', 'args', 'why'),
     [

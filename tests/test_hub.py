@@ -53,6 +53,7 @@ def test_weights_carry_where_they_come_from(folder):
         ('awm_resnet14_cifar', {'hidden': 4, 'scale': 1.0}),
         ('adaresnet14_cifar', {'sharing': 'kind', 'skip_fixed': True, 'skip_init': 2.0}),
         ('awm_densenet22_bc_cifar', {'scale': 'paper'}),
+        ('adaresnet18', {'stem_type': 'deep', 'replace_stem_pool': True}),
         ('resnet14_cifar', {}),
     ],
 )
@@ -63,7 +64,15 @@ def test_nets_of_other_arguments(tmp_path, name, args):
     folder = save_checkpoint(net, tmp_path / 'net', model_args=recorded)
     x = IMAGE[:, : args.get('in_chans', 3)]
     assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x), net(x))
-    assert validate_checkpoint(folder).num_classes == args.get('num_classes', 10)
+    assert validate_checkpoint(folder).num_classes == net.num_classes
+
+
+@torch.no_grad()
+def test_half_precision(tmp_path):
+    net = trained_net().bfloat16()
+    folder = save_checkpoint(net, tmp_path / 'net')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert torch.equal(loaded(IMAGE), net.float()(IMAGE))
 
 
 def test_arguments_that_were_left_out_are_noticed_and_nothing_is_left(tmp_path):

@@ -1,5 +1,6 @@
 """Pretrained weights: timm's of the plain backbones, and ours out of the package."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hub_standin import HubStandIn, Repo
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 import timm_weighted_skip
+from timm_weighted_skip.models import pretrained
 
 BACKBONES = {
     **{f'{prefix}resnet{depth}': f'resnet{depth}' for prefix in ('ada', 'awm_') for depth in (18, 34, 50, 101, 152)},
@@ -164,3 +166,34 @@ def test_a_broken_checkpoint_in_the_package_leaves_the_rest_of_use(installed, tm
     config.write_text('{"architecture": ')
     code = "import timm, timm_weighted_skip; print(timm.list_pretrained('awm_resnet14_cifar.test'))"
     assert new_process(code, path=installed) == '[]\n'
+
+
+def test_which_checkpoint_is_the_default(tmp_path, monkeypatch):
+    """A checkpoint for other data does not change what the bare name builds, one for the same becomes its default."""
+    monkeypatch.setattr(pretrained, 'checkpoint_root', lambda: tmp_path)
+
+    def stage(name: str, input_size: list[int], num_classes: int) -> None:
+        config = {'num_classes': num_classes, 'pretrained_cfg': {'input_size': input_size}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(json.dumps(config))
+
+    def tags() -> dict[str, list[str]]:
+        cifar = {'input_size': (3, 32, 32), 'num_classes': 10}
+        cfgs = {
+            'net_cifar.untrained': cifar,
+            'net.a_in1k': {'hf_hub_id': 'timm/'},
+            'net.b_in1k': {'hf_hub_id': 'timm/'},
+        }
+        return {name: list(cfg.tags) for name, cfg in pretrained.default_cfgs_of(cfgs).items()}
+
+    assert tags() == {'net_cifar': ['untrained'], 'net': ['a_in1k', 'b_in1k']}
+    stage('net_cifar.digits', [1, 8, 8], 10)
+    stage('net_cifar.cifar100', [3, 32, 32], 100)
+    stage('net.mine', [3, 224, 224], 1000)
+    stage('other.mine', [3, 224, 224], 1000)
+    assert tags().keys() == {'net_cifar', 'net'}
+    assert tags()['net_cifar'][0] == 'untrained'
+    assert sorted(tags()['net_cifar']) == ['cifar100', 'digits', 'untrained']
+    assert tags()['net'][0] == 'a_in1k'
+    stage('net_cifar.cifar10', [3, 32, 32], 10)
+    assert tags()['net_cifar'][0] == 'cifar10'

@@ -71,12 +71,13 @@ def _fold_stage(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str
     after = torch.ones((), dtype=torch.float64)  # a_(k+1)
     for block in reversed(blocks):
         weight = torch.ones_like(after) if block.merge.weight is None else block.merge.weight.double().cpu()
+        foldable = block.downsample is not None or weight > 0
         if block.downsample is not None:
             _scale_affine(block.downsample[-1], after * weight, names)
             before = torch.ones_like(after)
         else:
-            before = after * weight if weight > 0 else after
-        if block.downsample is None and weight <= 0:
+            before = after * weight if foldable else after
+        if not foldable:
             kept.append(block)
         elif block.merge.weight is not None:
             # A module of its own: the old one may be shared with units that stay weighted.

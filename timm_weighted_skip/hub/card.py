@@ -65,7 +65,7 @@ model = timm.create_model('hf_hub:{repo_id}', pretrained=True, num_classes=0).ev
 images = torch.randn({shape})
 embedding = model(images)  # (1, {num_features})
 
-# or without a classifier removed:
+# or with the classifier in place:
 features = model.forward_features(images)  # {feature_shape}
 embedding = model.forward_head(features, pre_logits=True)  # (1, {num_features})"""
 
@@ -125,7 +125,7 @@ def model_card(folder: Path, repo_id: str) -> str:
     image = torch.zeros(shape)
     model = build_net(config, folder / 'config.json').eval()
     stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
-    license = results.license if results else cfg.get('license', 'apache-2.0')
+    terms = results.license if results else cfg.get('license', 'apache-2.0')
 
     evaluation: dict[str, Any] = {}
     if results:
@@ -149,7 +149,7 @@ def model_card(folder: Path, repo_id: str) -> str:
         )
     data = ModelCardData(
         library_name='timm',
-        license=license,
+        license=terms,
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-weighted-skip'],
         **evaluation,
@@ -161,16 +161,13 @@ def model_card(folder: Path, repo_id: str) -> str:
         'awm': 'A net with Active Weighted Mapping: paths are merged with weights that are inferred from each image',
     }
     family = architecture[:3]
-    size = f'({", ".join(map(str, shape))})'
-    channels = cfg['input_size'][0]
-    shown = '\n'.join(f'# torch.Size({list(feature.shape)})' for feature in stages)
     fill = dict(
         repo_id=repo_id,
-        mode='L' if channels == 1 else 'RGB',
+        mode='L' if cfg['input_size'][0] == 1 else 'RGB',
         num_classes=config['num_classes'],
         topk=min(5, config['num_classes']),
-        shape=size.strip('()'),
-        shapes=shown,
+        shape=', '.join(map(str, shape)),
+        shapes='\n'.join(f'# torch.Size({list(feature.shape)})' for feature in stages),
         num_features=config['num_features'],
         feature_shape=tuple(model.forward_features(image).shape),  # type: ignore[operator]
     )

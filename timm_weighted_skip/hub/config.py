@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -71,7 +71,7 @@ class Results:
         """
         if not isinstance(values, dict):
             raise ValueError(f'{source}: the results are a {type(values).__name__}; give an object with fields')
-        needed = {f.name for f in fields(cls)[: list(cls.__annotations__).index('commit') + 1]}
+        needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         allowed = {f.name for f in fields(cls)}
         if needed - values.keys() or values.keys() - allowed:
             raise ValueError(
@@ -120,7 +120,7 @@ def model_config(
     if cfg.get('num_classes') != num_classes:
         # These speak of the net's former classes.
         cfg = {k: v for k, v in cfg.items() if k not in ('label_names', 'label_descriptions', 'label_offset')}
-    in_chans = model.get_submodule(cfg['first_conv']).in_channels
+    in_chans = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
     cfg.update(num_classes=num_classes, input_size=(in_chans, *cfg['input_size'][1:]))
     cfg.pop('tag', None)
     config: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Writing a checkpoint directory: all of it or none."""
 
+import copy
 import json
 import shutil
 import tempfile
@@ -59,9 +60,7 @@ def save_checkpoint(
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    training = model.training
     try:
-        model.eval()
         sample = _sample(model, config['pretrained_cfg']['input_size'])
         (staging / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         card = model_card(staging, f'{HUB_OWNER}/{folder.name}')
@@ -75,7 +74,6 @@ def save_checkpoint(
     except ValueError as error:
         raise ValueError(str(error).replace(str(staging), str(folder))) from None
     finally:
-        model.train(training)
         shutil.rmtree(staging, ignore_errors=True)
     return folder
 
@@ -83,6 +81,6 @@ def save_checkpoint(
 @torch.no_grad()
 def _sample(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
     """One image (1, C, H, W) of noise and its logits (1, classes)."""
-    like = next(model.parameters())
+    net = copy.deepcopy(model).cpu().float().eval()  # as it loads
     image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
-    return {'input': image, 'logits': model(image.to(like.device, like.dtype)).float()}
+    return {'input': image, 'logits': net(image)}

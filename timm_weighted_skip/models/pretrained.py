@@ -79,7 +79,7 @@ def default_cfgs_of(cfgs: Mapping[str, Union[PretrainedCfg, dict[str, Any]]]) ->
     A net's default is timm's checkpoint if it has one, else our first of the net's own input and classes: a checkpoint
     for other data does not change what the bare name builds.
     """
-    default = {split_model_name_tag(name)[0]: name for name in reversed(cfgs)}  # the first of each net
+    default = {split_model_name_tag(name)[0]: name for name in reversed(list(cfgs))}  # the first of each net
     staged = staged_cfgs(checkpoint_root(), default)
     own = {name: cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg(**cfg) for name, cfg in cfgs.items()}
     entries = {**staged, **own}
