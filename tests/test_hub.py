@@ -15,6 +15,8 @@ from PIL import Image
 from timm_weighted_skip import cli
 from timm_weighted_skip.convert import to_awm
 from timm_weighted_skip.hub import Results, save_checkpoint, validate_checkpoint
+from timm_weighted_skip.hub.card import model_card
+from timm_weighted_skip.models.pretrained import HUB_OWNER
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 STAGED = sorted(file.parent for file in (Path(__file__).parents[1] / 'hub_cards').glob('*/config.json'))
@@ -141,8 +143,21 @@ def test_snippets_of_the_card_run(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('staged', STAGED, ids=lambda path: path.name)
-def test_staged_checkpoints_are_valid(staged):
+def test_staged_checkpoints_are_valid_and_their_cards_current(staged):
     validate_checkpoint(staged)
+    card, current = (staged / 'README.md').read_text(), model_card(staged, f'{HUB_OWNER}/{staged.name}')
+    assert ModelCard(card).text == ModelCard(current).text
+    assert ModelCard(card).data.to_dict() == ModelCard(current).data.to_dict()
+
+
+@torch.no_grad()
+def test_digits_checkpoint_classifies_digits():
+    digits = pytest.importorskip('sklearn.datasets').load_digits()
+    net = timm.create_model('awm_resnet14_cifar.digits', pretrained=True).eval()
+    mean, std = net.pretrained_cfg['mean'], net.pretrained_cfg['std']
+    images = (torch.as_tensor(digits.images).float() / 16 - mean[0]) / std[0]
+    right = net(images.unsqueeze(1)).argmax(1) == torch.as_tensor(digits.target)
+    assert right.float().mean() > 0.99  # training images included
 
 
 @pytest.mark.parametrize(
