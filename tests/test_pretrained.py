@@ -1,8 +1,10 @@
 """Pretrained weights: timm's of the plain backbones, and ours out of the package."""
 
 import json
+import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -197,3 +199,23 @@ def test_which_checkpoint_is_the_default(tmp_path, monkeypatch):
     assert tags()['net'][0] == 'a_in1k'
     stage('net_cifar.cifar10', [3, 32, 32], 10)
     assert tags()['net_cifar'][0] == 'cifar10'
+
+
+def test_wheel_takes_small_weights_and_every_config(tmp_path):
+    pytest.importorskip('hatchling')
+    hook = runpy.run_path(str(Path(__file__).parents[1] / 'scripts/hatch_build.py'))['CheckpointsHook']
+    for name, size in (('small.tag', 1_000), ('large.tag', 10_000_000)):
+        folder = tmp_path / 'hub_cards' / name
+        folder.mkdir(parents=True)
+        (folder / 'config.json').write_text('{}')
+        (folder / 'README.md').write_text('')
+        (folder / 'model.safetensors').write_bytes(bytes(size))
+    included: dict[str, dict[str, str]] = {'standard': {}, 'editable': {}}
+    for version, files in included.items():
+        hook.initialize(SimpleNamespace(root=tmp_path), version, {'force_include': files})
+    assert set(included['standard'].values()) == {
+        'timm_weighted_skip/checkpoints/small.tag/config.json',
+        'timm_weighted_skip/checkpoints/small.tag/model.safetensors',
+        'timm_weighted_skip/checkpoints/large.tag/config.json',
+    }
+    assert not included['editable']
