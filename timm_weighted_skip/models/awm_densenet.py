@@ -5,18 +5,18 @@ https://arxiv.org/abs/1811.06878. Model arguments beside timm's: `hidden`, `scal
 `plain=True`, which leaves the gates out and is the baseline.
 """
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.densenet import DenseNet
 
 from timm_weighted_skip.models.dense import WeightedDenseNet, build_densenet
 from timm_weighted_skip.models.densenet_cifar import CifarDenseNet, cifar_densenet_args, cifar_densenet_cfg
-from timm_weighted_skip.models.pretrained import timm_cfgs
+from timm_weighted_skip.models.pretrained import default_cfgs_of, timm_cfgs
 
 __all__: list[str] = []  # `register_model` adds the names
 
 _CIFAR_NAMES = ('awm_densenet_bc', *(f'awm_densenet{depth}_bc_cifar' for depth in (22, 28, 34, 40)))
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_cfgs_of(
     {
         **timm_cfgs('awm_', ['densenet121']),
         **{f'{name}.untrained': cifar_densenet_cfg(paper_ids='arXiv:1811.06878') for name in _CIFAR_NAMES},

@@ -5,17 +5,17 @@ https://arxiv.org/abs/1811.06878. Model arguments beside timm's: `hidden`, `scal
 `plain=True`, which leaves the gates out and is the baseline.
 """
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.resnet import ResNet
 
 from timm_weighted_skip.layers import ActiveWeightedMapping
 from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedBottleneck, WeightedResNet, build_resnet
-from timm_weighted_skip.models.pretrained import timm_cfgs
+from timm_weighted_skip.models.pretrained import default_cfgs_of, timm_cfgs
 from timm_weighted_skip.models.resnet_cifar import CIFAR_DEPTHS, CifarResNet, cifar_cfg, cifar_layers
 
 __all__: list[str] = []  # `register_model` adds the names
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_cfgs_of(
     {
         **timm_cfgs('awm_', [f'resnet{depth}' for depth in (18, 34, 50, 101, 152)]),
         **{f'awm_resnet{depth}_cifar.untrained': cifar_cfg(paper_ids='arXiv:1811.06878') for depth in CIFAR_DEPTHS},

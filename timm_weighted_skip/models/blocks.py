@@ -9,7 +9,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from timm_weighted_skip.layers import check_count
-from timm_weighted_skip.models.pretrained import checkpoint_filter_fn
+from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
 
 __all__ = ['WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet', 'check_input_size']
 
@@ -141,6 +141,8 @@ class WeightedResNet(ResNet):
 
 def build_resnet(model_cls: type[WeightedResNet], variant: str, pretrained: bool, **kwargs) -> WeightedResNet:
     """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
+    if pretrained:
+        require_checkpoint(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     return build_model_with_cfg(
         model_cls,
         variant,

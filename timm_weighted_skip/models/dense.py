@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_weighted_skip.layers import ActiveWeightedConcat, check_count
 from timm_weighted_skip.models.blocks import check_input_size
-from timm_weighted_skip.models.pretrained import checkpoint_filter_fn
+from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
 
 __all__ = ['WeightedDenseLayer', 'WeightedDenseNet', 'build_densenet', 'weigh_connections']
 
@@ -93,6 +93,8 @@ class WeightedDenseNet(DenseNet):
 
 def build_densenet(model_cls: type[WeightedDenseNet], variant: str, pretrained: bool, **kwargs) -> WeightedDenseNet:
     """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
+    if pretrained:
+        require_checkpoint(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     return build_model_with_cfg(
         model_cls,
         variant,

@@ -6,11 +6,12 @@ channels, a linear head. Registered here are the plain nets, which timm lacks; `
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.densenet import DenseNet
 from torch import nn
 
 from timm_weighted_skip.models.dense import WeightedDenseNet, build_densenet
+from timm_weighted_skip.models.pretrained import default_cfgs_of
 from timm_weighted_skip.models.resnet_cifar import cifar_cfg
 
 __all__ = ['CifarDenseNet', 'cifar_densenet_args', 'cifar_densenet_cfg']
@@ -49,7 +50,7 @@ def cifar_densenet_cfg(**kwargs) -> dict[str, Any]:
     return cifar_cfg(first_conv='features.conv0', classifier='classifier', **kwargs)
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_cfgs_of(
     {f'densenet{n}_bc_cifar.untrained': cifar_densenet_cfg(paper_ids='arXiv:1608.06993') for n in (22, 28, 34, 40)}
 )
 

@@ -1,15 +1,40 @@
-"""timm's checkpoints of a plain backbone as those of its weighted net, of which it is the case at identity."""
+"""Where the nets' checkpoints come from: timm's own of the plain backbones, and ours.
 
-from collections.abc import Iterable
-from dataclasses import replace
+A plain net is the case at identity of its weighted net, so timm's checkpoints serve as they are.
+"""
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Optional, Union
 
 import torch
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    list_pretrained,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 from torch import nn
 
 from timm_weighted_skip.layers import Gate, SkipWeight
 
-__all__ = ['checkpoint_filter_fn', 'timm_cfgs']
+__all__ = ['HUB_OWNER', 'checkpoint_filter_fn', 'default_cfgs_of', 'require_checkpoint', 'timm_cfgs']
+
+HUB_OWNER = 'timm-weighted-skip'
+"""Owner of the Hub repositories of the checkpoint directories that this project publishes."""
+
+
+def checkpoint_root() -> Path:
+    """Folder of the checkpoint directories: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / 'checkpoints'
+    return installed if installed.is_dir() else package.parent / 'hub_cards'
 
 
 def timm_cfgs(prefix: str, backbones: Iterable[str]) -> dict[str, PretrainedCfg]:
@@ -21,14 +46,91 @@ def timm_cfgs(prefix: str, backbones: Iterable[str]) -> dict[str, PretrainedCfg]
     return {f'{prefix}{name}': replace(cfg) for name, cfg in cfgs.items()}
 
 
+def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
+    """Default cfgs of the checkpoint directories `<name>.<tag>` in `root` whose name is one of `names`.
+
+    The weights are the directory's own file, or else those of its repository under `HUB_OWNER`. A directory whose net
+    was made with arguments of its own isn't the name's checkpoint; it loads as `local-dir:`.
+    """
+    names = set(names)
+    cfgs = {}
+    for file in sorted(root.glob('*.*/config.json')):
+        name_and_tag = file.parent.name
+        if split_model_name_tag(name_and_tag)[0] not in names:
+            continue
+        try:
+            config = json.loads(file.read_text(encoding='utf-8'))
+            known = {field.name for field in fields(PretrainedCfg)}
+            cfg = {k: v for k, v in config['pretrained_cfg'].items() if k in known}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # The other checkpoints and every net remain of use.
+            warnings.warn(f'{file} is not a checkpoint config and is left out: {error}', stacklevel=2)
+            continue
+        if not config.get('model_args'):
+            weights = file.with_name('model.safetensors')
+            cfg.update(num_classes=config['num_classes'], hf_hub_id=f'{HUB_OWNER}/{name_and_tag}')
+            cfgs[name_and_tag] = PretrainedCfg(**cfg, file=str(weights) if weights.is_file() else None)
+    return cfgs
+
+
+def default_cfgs_of(cfgs: Mapping[str, Union[PretrainedCfg, dict[str, Any]]]) -> dict[str, DefaultCfg]:
+    """timm's `generate_default_cfgs` of `cfgs` and of the checkpoint directories that the package has of these nets.
+
+    A net's default is timm's checkpoint if it has one, else our first of the net's own input and classes: a checkpoint
+    for other data does not change what the bare name builds.
+    """
+    default = {split_model_name_tag(name)[0]: name for name in reversed(list(cfgs))}  # the first of each net
+    staged = staged_cfgs(checkpoint_root(), default)
+    own = {name: cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg(**cfg) for name, cfg in cfgs.items()}
+    entries = {**staged, **own}
+    for name, cfg in staged.items():
+        net = split_model_name_tag(name)[0]
+        first = entries[default[net]]
+        same = (cfg.num_classes, *cfg.input_size) == (first.num_classes, *first.input_size)
+        if same and not first.has_weights:
+            default[net] = name
+    # timm takes a tag that ends in a star as the default, if no other with weights follows.
+    nets = {split_model_name_tag(name)[0]: None for name in staged}
+    starred = {f'{default[net]}*': entries.pop(default[net]) for net in nets}
+    return generate_default_cfgs({**entries, **starred})
+
+
+def require_checkpoint(
+    variant: str,
+    pretrained_cfg: Optional[Union[str, dict[str, Any]]] = None,
+    pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
+) -> None:
+    """Refuse to load pretrained weights of a net, or of a tag, that has none.
+
+    Raises:
+        RuntimeError: As timm's, with the tags that there are.
+    """
+    try:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
+        if cfg.has_weights or cfg.state_dict:
+            return
+        problem = f'No pretrained weights exist for {variant}{f".{cfg.tag}" if cfg.tag else ""}.'
+    except RuntimeError as error:
+        problem = str(error)
+    tags = ', '.join(split_model_name_tag(name)[1] for name in list_pretrained(f'{variant}.*'))
+    raise RuntimeError(
+        f'{problem} Tags of {variant} with weights: {tags or "none"}. Use `pretrained=False` for random init, '
+        '`pretrained_cfg_overlay=dict(file=...)` for a file; `timm.list_pretrained()` has every name with weights.'
+    )
+
+
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Complete a plain backbone's state dict with weights at identity: `w = 1`, and gates whose last layer is 0."""
+    """Complete a plain backbone's state dict with weights at identity: `w = 1`, and gates whose last layer is 0.
+
+    A state dict that has some of the weights is not a plain backbone's and stays as it is.
+    """
     state_dict = dict(state_dict.get('state_dict', state_dict))
     own = model.state_dict()
-    for name, module in model.named_modules():
+    identity = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SkipWeight) and module.weight is not None:
-            state_dict.setdefault(f'{name}.weight', torch.ones_like(own[f'{name}.weight']))
+            identity[f'{name}.weight'] = torch.ones_like(own[f'{name}.weight'])
         elif isinstance(module, Gate):
-            state_dict.setdefault(f'{name}.fc1.weight', own[f'{name}.fc1.weight'])
-            state_dict.setdefault(f'{name}.fc2.weight', torch.zeros_like(own[f'{name}.fc2.weight']))
-    return state_dict
+            identity[f'{name}.fc1.weight'] = own[f'{name}.fc1.weight']
+            identity[f'{name}.fc2.weight'] = torch.zeros_like(own[f'{name}.fc2.weight'])
+    return state_dict if identity.keys() & state_dict.keys() else {**state_dict, **identity}

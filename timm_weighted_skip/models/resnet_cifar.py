@@ -8,12 +8,13 @@ plain nets, which timm lacks; `adaresnet` and `awm_resnet` build their CIFAR net
 from typing import Any, Optional, Union
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import nn
 
 from timm_weighted_skip.layers import skip_weights
 from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet, build_resnet
+from timm_weighted_skip.models.pretrained import default_cfgs_of
 
 __all__ = ['CIFAR_DEPTHS', 'CifarResNet', 'cifar_cfg', 'cifar_layers']
 
@@ -99,7 +100,7 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_cfgs_of(
     {f'resnet{depth}_cifar.untrained': cifar_cfg(paper_ids='arXiv:1512.03385') for depth in CIFAR_DEPTHS}
 )
 

@@ -4,12 +4,13 @@ Its units are the rows of the paper's Tables I and II. It is not a ResNet-50 and
 halve the map, the first included, each starts with a projection unit, and every convolution has a bias.
 """
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.resnet import ResNet, downsample_conv
 from torch import nn
 
 from timm_weighted_skip.layers import skip_weights
 from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet, build_resnet
+from timm_weighted_skip.models.pretrained import default_cfgs_of
 from timm_weighted_skip.models.resnet_cifar import cifar_cfg
 
 __all__ = ['ReleasedResNet', 'released_cfg']
@@ -44,7 +45,7 @@ def released_cfg(**kwargs) -> dict:
     return cifar_cfg(pool_size=(1, 1), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **kwargs)
 
 
-default_cfgs = generate_default_cfgs({'resnet18_released.untrained': released_cfg(paper_ids='arXiv:2408.09958')})
+default_cfgs = default_cfgs_of({'resnet18_released.untrained': released_cfg(paper_ids='arXiv:2408.09958')})
 
 
 @register_model

@@ -1,0 +1,128 @@
+"""Conversions between plain, AdaResNet and AWM nets leave the weights and the output as they are, to the bit."""
+
+import pytest
+import timm
+import torch
+from checkpoints import randomised
+from timm.models.densenet import DenseNet
+from timm.models.resnet import ResNet
+
+import timm_weighted_skip
+from timm_weighted_skip.convert import to_adaresnet, to_awm, to_plain
+
+NETS = ['resnet18', 'resnet14t', 'resnext50_32x4d', 'seresnet50', 'ecaresnet26t', 'resnetblur50', 'resnet50_gn']
+
+
+@pytest.fixture(scope='module')
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('convert', [to_awm, to_adaresnet])
+@pytest.mark.parametrize('name', NETS)
+def test_weighing_and_back_changes_nothing(name, convert, images):
+    plain = randomised(timm.create_model(name))
+    weighted = convert(plain)
+    assert torch.equal(weighted(images), plain(images))
+    assert len(timm_weighted_skip.mapping_units(weighted)) == sum(
+        len(getattr(plain, f'layer{i}')) for i in (1, 2, 3, 4)
+    )
+    back = to_plain(weighted)
+    assert type(back) is ResNet
+    assert {type(module) for module in back.modules()} == {type(module) for module in plain.modules()}
+    assert list(back.state_dict()) == list(plain.state_dict())
+    assert torch.equal(back(images), plain(images))
+
+
+@torch.no_grad()
+def test_weighing_a_densenet_and_back_changes_nothing(images):
+    plain = randomised(timm.create_model('densenet121'))
+    weighted = to_awm(plain)
+    assert torch.equal(weighted(images), plain(images))
+    assert list(weighted.state_dict()) == list(timm.create_model('awm_densenet121').state_dict())
+    back = to_plain(weighted)
+    assert type(back) is DenseNet
+    assert list(back.state_dict()) == list(plain.state_dict())
+    assert torch.equal(back(images), plain(images))
+    if hasattr(plain, 'forward_intermediates'):  # of newer timm
+        pairs = zip(*(net.forward_intermediates(images, intermediates_only=True) for net in (back, plain)))
+        assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ('plain', 'weighted'),
+    [
+        ('resnet14_cifar', 'awm_resnet14_cifar'),
+        ('resnet18', 'adaresnet18'),
+        ('resnet18_released', 'adaresnet18_released'),
+        ('densenet22_bc_cifar', 'awm_densenet22_bc_cifar'),
+    ],
+)
+@torch.no_grad()
+def test_the_result_is_the_registered_net(plain, weighted):
+    source = randomised(timm.create_model(plain))
+    convert = to_adaresnet if weighted.startswith('ada') else to_awm
+    net = convert(source)
+    registered = timm.create_model(net.pretrained_cfg['architecture']).eval()
+    registered.load_state_dict(net.state_dict())
+    assert net.pretrained_cfg['architecture'] == weighted
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(registered(x), source(x))
+    assert to_plain(registered).pretrained_cfg['architecture'] == plain
+
+
+def test_a_converted_net_trains(images):
+    net = to_awm(timm.create_model('resnet18', num_classes=3), hidden=4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(images).square().sum().backward()
+        optimizer.step()
+    gate = net.layer2[0].merge.gate
+    assert gate.fc1.out_features == 4
+    assert gate.fc1.weight.grad.abs().sum() > 0
+    assert gate.fc2.weight.abs().sum() > 0
+
+
+def test_the_source_stays_as_it_was():
+    plain = timm.create_model('resnet18')
+    net = to_awm(plain)
+    with torch.no_grad():
+        net.conv1.weight.zero_()
+    assert plain.conv1.weight.abs().sum() > 0
+    assert not hasattr(plain.layer1[0], 'merge')
+    assert plain.pretrained_cfg['architecture'] == 'resnet18'
+
+
+@pytest.mark.parametrize(
+    ('name', 'args', 'why'),
+    [
+        ('adaresnet14_cifar', {'skip_init': 0.5}, r'6 of 6 mapping units.*layer1\.0: w = 0\.5, not 1.*fold'),
+        ('awm_resnet14_cifar', {'scale': 1.0}, r'layer1\.0: scale = 1, not 2'),
+        ('awm_densenet22_bc_cifar', {'scale': 'paper'}, 'scale = 1, not'),
+    ],
+)
+def test_what_is_not_plain_is_refused(name, args, why):
+    with pytest.raises(ValueError, match=why):
+        to_plain(timm.create_model(name, **args))
+
+
+def test_a_trained_gate_is_refused():
+    net = timm.create_model('awm_resnet14_cifar')
+    torch.nn.init.normal_(net.layer2[1].merge.gate.fc2.weight)
+    with pytest.raises(ValueError, match=r"1 of 6 .*layer2\.1: the gate's last layer is not 0"):
+        to_plain(net)
+
+
+@pytest.mark.parametrize(
+    ('name', 'convert', 'why'),
+    [
+        ('skresnet18', to_awm, 'layer1.0 is a SelectiveKernelBasic'),
+        ('resnetv2_50', to_awm, "ResNetV2 can't be converted"),
+        ('densenet121', to_adaresnet, "DenseNet can't be converted"),
+    ],
+)
+def test_what_has_no_weighted_form_is_refused(name, convert, why):
+    with pytest.raises(ValueError, match=why):
+        convert(timm.create_model(name))

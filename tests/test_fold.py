@@ -1,0 +1,112 @@
+"""Folding AdaResNet's weights away: the same outputs from a plain net."""
+
+import pytest
+import timm
+import torch
+from checkpoints import randomised
+from timm.models.resnet import ResNet
+
+import timm_weighted_skip
+from timm_weighted_skip.convert import fold
+
+
+def trained(name: str, **kwargs) -> torch.nn.Module:
+    """An AdaResNet with norms and positive weights as after training."""
+    net = randomised(timm.create_model(name, **kwargs))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter_name, parameter in net.named_parameters():
+            if parameter_name.endswith('merge.weight'):
+                parameter.uniform_(0.2, 1.8, generator=generator)
+    return net
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(('dtype', 'bound'), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+def test_resnet50_known_answer(dtype, bound):
+    net = trained('adaresnet50').to(dtype)
+    folded, kept = fold(net)
+    x = torch.randn(2, 3, 96, 96, dtype=dtype)
+    assert not kept
+    assert type(folded) is ResNet
+    assert relative_error(folded(x), net(x)) < bound
+    timm.create_model('resnet50').load_state_dict(folded.state_dict())
+    # Every stage's output is as it was, not the logits alone.
+    stages = zip(folded.forward_intermediates(x)[1][1:], net.forward_intermediates(x)[1][1:])
+    assert all(relative_error(f, n) < bound for f, n in stages)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ('name', 'args'),
+    [
+        ('adaresnet20_cifar', {}),
+        ('adaresnet18', {}),
+        ('adaresnet18', {'sharing': 'kind'}),
+        ('adaresnet18', {'sharing': 'unified'}),
+        ('adaresnet18', {'skip_init': 2.0, 'skip_fixed': True}),
+        ('adaresnet18', {'replace_stem_pool': True, 'stem_type': 'deep', 'avg_down': True}),
+        ('adaresnet18_released', {}),
+    ],
+)
+def test_any_sharing_stem_and_block(name, args):
+    net = trained(name, **args).double()
+    folded, kept = fold(net)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert not kept
+    assert relative_error(folded(x), net(x)) < 1e-12
+    plain_args = {k: v for k, v in args.items() if 'skip' not in k and k != 'sharing'}
+    timm.create_model(name.removeprefix('ada'), **plain_args).load_state_dict(folded.state_dict())
+
+
+@torch.no_grad()
+def test_units_that_cannot_be_folded_stay_weighted():
+    net = trained('adaresnet20_cifar').double()
+    net.layer1[1].merge.weight.fill_(-0.7)
+    net.layer2[0].merge.weight.fill_(-0.3)  # a projection: its norm takes any sign
+    net.layer3[2].merge.weight.fill_(0.0)
+    folded, kept = fold(net)
+    assert kept == ['layer1.1', 'layer3.2']
+    weights = {unit.name: unit.weight.item() for unit in timm_weighted_skip.mapping_units(folded)}
+    assert weights == pytest.approx(dict.fromkeys(weights, 1.0) | {'layer1.1': -0.7, 'layer3.2': 0.0})
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert relative_error(folded(x), net(x)) < 1e-12
+    loaded = timm.create_model('adaresnet20_cifar').double().eval()
+    loaded.load_state_dict(folded.state_dict())
+    assert torch.equal(loaded(x), folded(x))
+
+
+@torch.no_grad()
+def test_the_source_stays_as_it_was():
+    net = trained('adaresnet14_cifar')
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    fold(net)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_not_a_number_is_no_weight_to_fold():
+    net = trained('adaresnet14_cifar')
+    torch.nn.init.constant_(net.layer1[1].merge.weight, float('nan'))
+    with pytest.raises(ValueError, match=r'layer1\.1\.merge\.weight is beyond'):
+        fold(net)
+
+
+@pytest.mark.parametrize(
+    ('name', 'args', 'why'),
+    [
+        ('awm_resnet14_cifar', {}, 'no weights to fold'),
+        ('adaresnet14_cifar', {'act_layer': 'silu'}, 'not homogeneous'),
+        ('adaresnet18', {'block_args': {'attn_layer': 'se'}}, 'SEModule, whose output does not scale'),
+    ],
+)
+def test_what_cannot_be_folded_is_refused(name, args, why):
+    net = timm.create_model(name, **args)
+    for name, parameter in net.named_parameters():
+        if name.endswith('merge.weight'):
+            torch.nn.init.constant_(parameter, 0.5)
+    with pytest.raises(ValueError, match=why):
+        fold(net)

@@ -1,0 +1,210 @@
+"""Checkpoint directories: what is written gives the net back, whole or not at all, with a card made from data."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import safetensors
+import timm
+import torch
+from checkpoints import NAME, make_checkpoint, results, trained_net
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from timm_weighted_skip import cli
+from timm_weighted_skip.convert import to_awm
+from timm_weighted_skip.hub import Results, save_checkpoint, validate_checkpoint
+from timm_weighted_skip.hub.card import model_card
+from timm_weighted_skip.models.pretrained import HUB_OWNER
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+STAGED = sorted(file.parent for file in (Path(__file__).parents[1] / 'hub_cards').glob('*/config.json'))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp('cards'))
+
+
+@torch.no_grad()
+def test_local_dir_gives_the_net_back(folder):
+    net = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert torch.equal(net(IMAGE), trained_net()(IMAGE))
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob('*.*')) == [
+        'README.md',
+        'config.json',
+        'model.safetensors',
+        'sample/logits.safetensors',
+    ]
+    assert [file.name for file in folder.parent.iterdir()] == [NAME]
+
+
+def test_weights_carry_where_they_come_from(folder):
+    with safetensors.safe_open(folder / 'model.safetensors', 'pt') as file:
+        metadata = file.metadata()
+    assert metadata.keys() == {'format', 'architecture', 'timm_weighted_skip', 'timm', 'recipe', 'commit', 'sha256'}
+    assert metadata['commit'] == results().commit
+    assert metadata['recipe'] == results().recipe
+
+
+@pytest.mark.parametrize(
+    ('name', 'args'),
+    [
+        ('awm_resnet14_cifar', {'num_classes': 5, 'in_chans': 1}),
+        ('awm_resnet14_cifar', {'hidden': 4, 'scale': 1.0}),
+        ('adaresnet14_cifar', {'sharing': 'kind', 'skip_fixed': True, 'skip_init': 2.0}),
+        ('awm_densenet22_bc_cifar', {'scale': 'paper'}),
+        ('adaresnet18', {'stem_type': 'deep', 'replace_stem_pool': True}),
+        ('resnet14_cifar', {}),
+    ],
+)
+@torch.no_grad()
+def test_nets_of_other_arguments(tmp_path, name, args):
+    net = timm.create_model(name, **args).eval()
+    recorded = {k: v for k, v in args.items() if k not in ('num_classes', 'in_chans')}
+    folder = save_checkpoint(net, tmp_path / 'net', model_args=recorded)
+    x = IMAGE[:, : args.get('in_chans', 3)]
+    assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x), net(x))
+    assert validate_checkpoint(folder).num_classes == net.num_classes
+
+
+@torch.no_grad()
+def test_half_precision(tmp_path):
+    net = trained_net().bfloat16()
+    folder = save_checkpoint(net, tmp_path / 'net')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert torch.equal(loaded(IMAGE), net.float()(IMAGE))
+
+
+def test_arguments_that_were_left_out_are_noticed_and_nothing_is_left(tmp_path):
+    # No shape tells the two nets apart.
+    with pytest.raises(ValueError, match=r'net/sample/logits.safetensors: .*stored logits.*model_args'):
+        save_checkpoint(trained_net(scale=1.0), tmp_path / 'net')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_net_without_a_registered_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='awm_seresnet18 is not registered'):
+        save_checkpoint(to_awm(timm.create_model('seresnet18')), tmp_path / 'net')
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_stays(folder):
+    before = {file: file.read_bytes() for file in folder.rglob('*.*')}
+    with pytest.raises(FileExistsError, match='exists'):
+        save_checkpoint(timm.create_model('awm_resnet14_cifar'), folder)
+    assert {file: file.read_bytes() for file in folder.rglob('*.*')} == before
+
+
+def test_card_front_matter(folder):
+    data = ModelCard.load(folder / 'README.md').data
+    assert data.library_name == 'timm'
+    assert data.license == 'apache-2.0'
+    assert data.datasets == ['uoft-cs/cifar10']
+    assert data.metrics == ['accuracy']
+    assert 'transformers' not in data.tags
+    assert [(result.dataset_split, result.metric_value) for result in data.eval_results] == [
+        ('test', 91.0),
+        ('test', 90.5),
+    ]
+
+
+def test_card_says_what_was_measured(folder):
+    text = (folder / 'README.md').read_text()
+    for section in ('Model Details', 'Model Usage', 'Model Comparison', 'Citation'):
+        assert f'\n## {section}\n' in text
+    for usage in ('Image Classification', 'Feature Map Extraction', 'Image Embeddings'):
+        assert f'\n### {usage}\n' in text
+    assert 'after the last of 4 epochs' in text
+    assert '| **awm_resnet14_cifar** | 90.50 ± 0.71 (n=2) |\n| resnet14_cifar | 89.25 ± 0.35 (n=2) |' in text
+    assert f'{sum(p.numel() for p in trained_net().parameters()) / 1e6:.2f}' in text
+    assert 'commit `0123abc`' in text
+    assert 'arXiv:1811.06878' in text
+
+
+def test_card_without_results_claims_nothing(tmp_path):
+    text = (save_checkpoint(trained_net(), tmp_path / 'net') / 'README.md').read_text()
+    assert 'Nothing was measured with these weights.' in text
+    assert not ModelCard(text).data.eval_results
+
+
+def test_snippets_of_the_card_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((40, 40), 50).save('image.jpg')
+    snippets = re.findall(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        assert snippet.startswith('import timm_weighted_skip')
+        # The repository is not published here; test_publish.py loads from one.
+        session: dict = {}
+        exec(snippet.replace(f'hf_hub:timm-weighted-skip/{NAME}', f'local-dir:{folder}'), session)
+    assert session['embedding'].shape == (1, 64)
+
+
+@pytest.mark.parametrize('staged', STAGED, ids=lambda path: path.name)
+def test_staged_checkpoints_are_valid_and_their_cards_current(staged):
+    validate_checkpoint(staged)
+    card, current = (staged / 'README.md').read_text(), model_card(staged, f'{HUB_OWNER}/{staged.name}')
+    assert ModelCard(card).text == ModelCard(current).text
+    assert ModelCard(card).data.to_dict() == ModelCard(current).data.to_dict()
+
+
+@torch.no_grad()
+def test_digits_checkpoint_classifies_digits():
+    digits = pytest.importorskip('sklearn.datasets').load_digits()
+    net = timm.create_model('awm_resnet14_cifar.digits', pretrained=True).eval()
+    mean, std = net.pretrained_cfg['mean'], net.pretrained_cfg['std']
+    images = (torch.as_tensor(digits.images).float() / 16 - mean[0]) / std[0]
+    right = net(images.unsqueeze(1)).argmax(1) == torch.as_tensor(digits.target)
+    assert right.float().mean() > 0.99  # training images included
+
+
+@pytest.mark.parametrize(
+    ('change', 'why'),
+    [
+        ({'top1': [90.0]}, 'one seed per accuracy'),
+        ({'seed': 7}, 'the one whose weights these are'),
+        ({'top1': [90.0, 101.0]}, r'accuracies in %'),
+        ({'top1': 90.0}, 'wrong type'),
+        ({'accuracy': 90.0}, r"unknown \['accuracy'\]"),
+    ],
+)
+def test_results_that_make_no_sense_are_refused(change, why):
+    with pytest.raises(ValueError, match=why):
+        Results.from_dict({**results().to_dict(), **change})
+
+
+def test_command_line_from_training_checkpoint_to_folded_net(tmp_path, capsys):
+    net = timm.create_model('adaresnet14_cifar', num_classes=7, sharing='kind', skip_init=0.7).eval()
+    torch.save({'state_dict': net.state_dict(), 'epoch': 3, 'arch': 'adaresnet14_cifar'}, tmp_path / 'best.pth.tar')
+    (tmp_path / 'results.json').write_text(json.dumps(results().to_dict()))
+    ada, plain, awm = tmp_path / 'ada', tmp_path / 'plain', tmp_path / 'awm'
+    source = ['adaresnet14_cifar', '--checkpoint', str(tmp_path / 'best.pth.tar')]
+    options = ['--model-kwargs', 'num_classes=7', 'sharing=kind', '--results', str(tmp_path / 'results.json')]
+    assert cli.main(['save', *source, *options, '--output', str(ada)]) == 0
+    assert cli.main(['fold', f'local-dir:{ada}', '--output', str(plain)]) == 0
+    assert cli.main(['convert', f'local-dir:{plain}', '--to', 'awm', '--output', str(awm)]) == 0
+    assert capsys.readouterr().out == f'wrote {ada}\nwrote {plain}\nwrote {awm}\n'
+    logits = net(IMAGE)
+    for folder, architecture in ((ada, net.pretrained_cfg['architecture']), (plain, 'resnet14_cifar')):
+        assert json.loads((folder / 'config.json').read_text())['architecture'] == architecture
+        torch.testing.assert_close(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(IMAGE), logits)
+    assert 'seed 1' in (ada / 'README.md').read_text()
+
+    assert cli.main(['convert', f'local-dir:{ada}', '--to', 'plain', '--output', str(tmp_path / 'no')]) == 1
+    assert cli.main(['save', *source, '--output', str(tmp_path / 'no')]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert 'fold' in errors[0]
+    assert 'size mismatch for fc.weight' in errors[1]
+    assert not (tmp_path / 'no').exists()
+
+
+def test_fold_reports_what_stays_weighted(tmp_path, capsys):
+    net = timm.create_model('adaresnet14_cifar', skip_init=-1.0)
+    torch.save(net.state_dict(), tmp_path / 'net.pth')
+    source = ['adaresnet14_cifar', '--checkpoint', str(tmp_path / 'net.pth')]
+    assert cli.main(['fold', *source, '--output', str(tmp_path / 'folded')]) == 0
+    assert 'identity shortcut: layer1.0, layer1.1, layer2.1, layer3.1\n' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'folded/config.json').read_text())['architecture'] == 'adaresnet14_cifar'

@@ -1,0 +1,25 @@
+"""What a net's architecture and arguments are after a conversion."""
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ['plain_args', 'rename']
+
+MERGE_ARGS = ('hidden', 'plain', 'scale', 'sharing', 'skip_fixed', 'skip_init')
+
+
+def rename(model: nn.Module, prefix: str) -> None:
+    """Note in the net's `pretrained_cfg` that it is now the `prefix` form ('' for plain) of its architecture.
+
+    Whether a net of that name is registered or not: it is not what it was.
+    """
+    cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
+    plain = (cfg.get('architecture') or '').removeprefix('awm_').removeprefix('ada')
+    cfg['architecture'] = f'{prefix}{plain}'
+    model.pretrained_cfg = model.default_cfg = cfg
+
+
+def plain_args(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Those of a net's arguments that its plain net has too."""
+    return {name: value for name, value in model_args.items() if name not in MERGE_ARGS}

@@ -1,0 +1,197 @@
+"""The model card of a checkpoint directory, made of its config: timm's sections, no number by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_weighted_skip.hub.checkpoint import build_net
+from timm_weighted_skip.hub.config import Results, accuracy, read_json
+
+__all__ = ['model_card']
+
+ADARESNET = """@article{su2024adaresnet,
+  author = {Hong Su},
+  title = {{AdaResNet}: Enhancing Residual Networks with Dynamic Weight Adjustment for Improved Feature Integration},
+  journal = {arXiv preprint arXiv:2408.09958},
+  year = {2024}
+}"""
+AWM = """@article{jung2018residual,
+  author = {HyoungHo Jung and Ryong Lee and Sanghwan Lee and Wonjun Hwang},
+  title = {Residual Convolutional Neural Network Revisited with Active Weighted Mapping},
+  journal = {arXiv preprint arXiv:1811.06878},
+  year = {2018}
+}"""
+TIMM = """@misc{rw2019timm,
+  author = {Ross Wightman},
+  title = {PyTorch Image Models},
+  year = {2019},
+  publisher = {GitHub},
+  doi = {10.5281/zenodo.4414861},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}"""
+
+CLASSIFY = """import timm_weighted_skip  # registers the architecture
+import timm
+import torch
+from PIL import Image
+
+image = Image.open('image.jpg').convert('{mode}')
+model = timm.create_model('hf_hub:{repo_id}', pretrained=True).eval()
+
+# the transforms that the net was trained for: resize, normalize
+config = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**config, is_training=False)
+
+logits = model(transform(image).unsqueeze(0))  # (1, {num_classes})
+top_probabilities, top_classes = logits.softmax(dim=1).topk({topk})"""
+
+FEATURES = """import timm_weighted_skip  # registers the architecture
+import timm
+import torch
+
+model = timm.create_model('hf_hub:{repo_id}', pretrained=True, features_only=True).eval()
+for feature in model(torch.randn({shape})):
+    print(feature.shape)
+{shapes}"""
+
+EMBED = """import timm_weighted_skip  # registers the architecture
+import timm
+import torch
+
+model = timm.create_model('hf_hub:{repo_id}', pretrained=True, num_classes=0).eval()
+images = torch.randn({shape})
+embedding = model(images)  # (1, {num_features})
+
+# or with the classifier in place:
+features = model.forward_features(images)  # {feature_shape}
+embedding = model.forward_head(features, pre_logits=True)  # (1, {num_features})"""
+
+
+@torch.no_grad()
+def _costs(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
+    """Costs for the one image `x`, in timm's words."""
+    activations = 0
+
+    def count(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        nonlocal activations
+        activations += output.numel()
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return {
+        'Params (M)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
+        'GMACs': f'{counter.get_total_flops() / 2e9:.3f}',
+        'Activations (M)': f'{activations / 1e6:.2f}',
+        'Image size': f'{x.shape[2]} x {x.shape[3]}',
+    }
+
+
+def _block(text: str, language: str = 'python') -> str:
+    return f'```{language}\n{text}\n```\n'
+
+
+def _results_section(results: Results, architecture: str) -> str:
+    rows = {f'**{architecture}**': results.top1, **results.comparison}
+    table = '\n'.join(f'| {name} | {accuracy(top1)} |' for name, top1 in rows.items())
+    own = results.top1[results.seeds.index(results.seed)]
+    return (
+        f'Top-1 accuracy in % on the {results.split} split of {results.dataset} after the last of {results.epochs} '
+        'epochs: mean ± standard deviation over n trainings that differ in their seed. The weights here are those of '
+        f'seed {results.seed}, with {own:.2f} %.\n\n'
+        f'| model | top-1 |\n|---|---|\n{table}\n'
+    )
+
+
+@torch.no_grad()
+def model_card(folder: Path, repo_id: str) -> str:
+    """Text of the README of a checkpoint directory, made of its `config.json`.
+
+    Args:
+        folder: The directory.
+        repo_id: The Hub repository that the snippets load.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    config = read_json(folder / 'config.json')
+    results = Results.from_dict(config['results']) if 'results' in config else None
+    architecture, cfg = config['architecture'], config['pretrained_cfg']
+    shape = (1, *cfg['input_size'])
+    image = torch.zeros(shape)
+    model = build_net(config, folder / 'config.json').eval()
+    stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
+    terms = results.license if results else cfg.get('license', 'apache-2.0')
+
+    evaluation: dict[str, Any] = {}
+    if results:
+        same: dict[str, Any] = dict(
+            task_type='image-classification',
+            dataset_type=results.dataset_id,
+            dataset_name=results.dataset,
+            dataset_split=results.split,
+            metric_type='accuracy',
+        )
+        mean = round(sum(results.top1) / len(results.top1), 2)
+        own = results.top1[results.seeds.index(results.seed)]
+        evaluation = dict(
+            datasets=[results.dataset_id] if '/' in results.dataset_id else None,
+            metrics=['accuracy'],
+            model_name=repo_id.split('/')[-1],
+            eval_results=[
+                EvalResult(**same, metric_value=own, metric_name=f'top-1 of these weights (seed {results.seed})'),
+                EvalResult(**same, metric_value=mean, metric_name=f'top-1, mean of {len(results.top1)} seeds'),
+            ],
+        )
+    data = ModelCardData(
+        library_name='timm',
+        license=terms,
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-weighted-skip'],
+        **evaluation,
+    )
+
+    papers = {'ada': ADARESNET, 'awm': AWM}
+    about = {
+        'ada': 'An AdaResNet: the shortcuts of a ResNet have learned weights',
+        'awm': 'A net with Active Weighted Mapping: paths are merged with weights that are inferred from each image',
+    }
+    family = architecture[:3]
+    fill = dict(
+        repo_id=repo_id,
+        mode='L' if cfg['input_size'][0] == 1 else 'RGB',
+        num_classes=config['num_classes'],
+        topk=min(5, config['num_classes']),
+        shape=', '.join(map(str, shape)),
+        shapes='\n'.join(f'# torch.Size({list(feature.shape)})' for feature in stages),
+        num_features=config['num_features'],
+        feature_shape=tuple(model.forward_features(image).shape),  # type: ignore[operator]
+    )
+    parts = [
+        f'---\n{data.to_yaml()}\n---\n# Model card for {repo_id.split("/")[-1]}\n',
+        f'{about.get(family, "An image classification net")}. From the package `timm-weighted-skip`, a plugin of '
+        '`timm`; `pip install timm-weighted-skip`.\n',
+        *([f'{results.description}\n'] if results and results.description else []),
+        '## Model Details\n',
+        '- **Model Type:** Image classification / feature backbone\n- **Model Stats:**\n'
+        + '\n'.join(f'  - {name}: {value}' for name, value in _costs(model, image).items())
+        + (f'\n- **Dataset:** {results.dataset}' if results else '')
+        + (
+            f'\n- **Recipe:** `{results.recipe}`\n- **Seeds:** {", ".join(map(str, results.seeds))}'
+            f'\n- **Code:** commit `{results.commit}`'
+            if results
+            else '\n- **Training:** not recorded'
+        )
+        + '\n',
+        '## Model Usage\n### Image Classification\n' + _block(CLASSIFY.format(**fill)),
+        '### Feature Map Extraction\n' + _block(FEATURES.format(**fill)),
+        '### Image Embeddings\n' + _block(EMBED.format(**fill)),
+        '## Model Comparison\n'
+        + (_results_section(results, architecture) if results else 'Nothing was measured with these weights.\n'),
+        '## Citation\n' + '\n'.join(_block(c, 'bibtex') for c in (papers.get(family), TIMM) if c),
+    ]
+    return '\n'.join(parts)

@@ -1,0 +1,158 @@
+"""What a checkpoint directory says of its net: timm's `config.json`, and in it the training and what it measured."""
+
+import json
+import math
+import statistics
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional
+
+from timm.models import filter_pretrained_cfg, is_model
+from torch import nn
+
+__all__ = ['FILES', 'SAMPLE', 'Results', 'model_config', 'one_line', 'read_json']
+
+# In a folder of its own: some versions of timm can't choose between two safetensors files side by side.
+SAMPLE = 'sample/logits.safetensors'
+FILES = ('README.md', 'config.json', 'model.safetensors', SAMPLE)
+"""The files of a checkpoint directory. The sample is an input and the logits that the net gave for it."""
+
+MAX_JSON_BYTES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Results:
+    """How a checkpoint was trained and what was measured; the data of its model card.
+
+    Attributes:
+        dataset: Name of the data, such as 'CIFAR-10'.
+        dataset_id: Its id on the Hub, such as 'uoft-cs/cifar10'; a name without owner if it is not there.
+        split: What accuracy was measured on.
+        recipe: Command that trains the net again.
+        epochs: Length of the training.
+        seeds: One per training run.
+        top1: Accuracy after the last epoch in %, one per seed.
+        seed: The run whose weights these are.
+        commit: Version of the code that trained it.
+        license: Of the weights.
+        description: What a reader should know of these weights, in a sentence or two.
+        comparison: Other nets' accuracies under the same recipe, name to one per seed.
+    """
+
+    dataset: str
+    dataset_id: str
+    split: str
+    recipe: str
+    epochs: int
+    seeds: list[int]
+    top1: list[float]
+    seed: int
+    commit: str
+    license: str = 'apache-2.0'
+    description: str = ''
+    comparison: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in {'top1': self.top1, **self.comparison}.items():
+            if not values or not all(isinstance(v, (int, float)) and 0 <= v <= 100 for v in values):
+                raise ValueError(f'results: {name}={values!r} is not allowed; give accuracies in %, one per seed')
+        if len(self.seeds) != len(self.top1) or self.seed not in self.seeds:
+            raise ValueError(
+                f'results: seeds={self.seeds!r} and seed={self.seed!r} do not fit top1={self.top1!r}; give one seed '
+                'per accuracy, and as seed the one whose weights these are'
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = 'results') -> 'Results':
+        """Results of JSON data; `source` names it in errors.
+
+        Raises:
+            ValueError: A field is missing, unknown or has a value that makes no sense.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f'{source}: the results are a {type(values).__name__}; give an object with fields')
+        needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        allowed = {f.name for f in fields(cls)}
+        if needed - values.keys() or values.keys() - allowed:
+            raise ValueError(
+                f'{source}: results lack {sorted(needed - values.keys())} and have unknown '
+                f'{sorted(values.keys() - allowed)}; the fields are {", ".join(sorted(allowed))}'
+            )
+        try:
+            return cls(**values)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f'{source}: a field of the results has the wrong type: {error}') from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def accuracy(top1: list[float]) -> str:
+    """'93.12 ± 0.20 (n=3)', the standard deviation being the sample's; a single run has none."""
+    spread = f' ± {statistics.stdev(top1):.2f}' if len(top1) > 1 else ''
+    return f'{math.fsum(top1) / len(top1):.2f}{spread} (n={len(top1)})'
+
+
+def model_config(
+    model: nn.Module, model_args: Optional[dict[str, Any]] = None, results: Optional[Results] = None
+) -> dict[str, Any]:
+    """timm's `config.json` of `model`, from which its `local-dir:` and `hf_hub:` rebuild the net.
+
+    It is made of the net itself and `model_args` alone, so that it says the same under every version of timm.
+
+    Args:
+        model: Net with a `pretrained_cfg`, as every net of `timm.create_model` has.
+        model_args: Arguments that the net was made with, beside number of classes and input channels.
+        results: Goes into the config, where timm lets it be.
+
+    Raises:
+        ValueError: The architecture is not registered, as of `to_awm` of a net whose AWM form has no name.
+    """
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'}  # type: ignore[union-attr, operator]
+    cfg = filter_pretrained_cfg(cfg, remove_source=True, remove_null=True)
+    architecture = cfg.pop('architecture')
+    if not is_model(architecture):
+        raise ValueError(
+            f'{architecture} is not registered in timm, so no config could rebuild the net; keep its state dict, and '
+            'convert the plain net again before loading it'
+        )
+    num_classes: int = model.num_classes  # type: ignore[assignment]
+    if cfg.get('num_classes') != num_classes:
+        # These speak of the net's former classes.
+        cfg = {k: v for k, v in cfg.items() if k not in ('label_names', 'label_descriptions', 'label_offset')}
+    in_chans = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
+    cfg.update(num_classes=num_classes, input_size=(in_chans, *cfg['input_size'][1:]))
+    cfg.pop('tag', None)
+    config: dict[str, Any] = {
+        'architecture': architecture,
+        'num_classes': num_classes,
+        'num_features': model.num_features,
+        'pretrained_cfg': cfg,
+    }
+    if model_args:
+        config['model_args'] = model_args
+    if results:
+        config['results'] = results.to_dict()
+    return config
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error without its line breaks."""
+    return ' '.join(str(error).split())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        ValueError: It is not one, or is beyond all measure.
+    """
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f'{file} has {file.stat().st_size:,} bytes; a config has at most {MAX_JSON_BYTES:,}')
+    try:
+        value = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{file} is not JSON: {error}') from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{file} holds a {type(value).__name__}, not an object')
+    return value

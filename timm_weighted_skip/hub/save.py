@@ -1,0 +1,86 @@
+"""Writing a checkpoint directory: all of it or none."""
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+from timm.utils import unwrap_model
+from torch import nn
+
+import timm_weighted_skip
+from timm_weighted_skip.hub.card import model_card
+from timm_weighted_skip.hub.checkpoint import validate_checkpoint
+from timm_weighted_skip.hub.config import SAMPLE, Results, model_config
+from timm_weighted_skip.hub.weights import write_weights
+from timm_weighted_skip.models.pretrained import HUB_OWNER
+
+__all__ = ['save_checkpoint']
+
+
+def save_checkpoint(
+    model: nn.Module,
+    folder: Path,
+    results: Optional[Results] = None,
+    model_args: Optional[dict[str, Any]] = None,
+) -> Path:
+    """Write `model` as a checkpoint directory that loads by `local-dir:`, and once it is published by `hf_hub:`.
+
+    It is written beside its place, validated, and then moved there, so that a directory is whole or absent.
+
+    Args:
+        model: A net of `timm.create_model` or of `timm_weighted_skip.convert` whose architecture is registered.
+        folder: Directory to make; its name is that of the repository, `<model>.<tag>` by custom.
+        results: How the net was trained and what was measured; without them the card says that nothing was.
+        model_args: Arguments that the net was made with, beside number of classes and input channels.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        FileExistsError: There is something at `folder`.
+        ValueError: What was written does not give `model` back; see `validate_checkpoint`.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f'{folder} exists; give another name or remove it')
+    model = unwrap_model(model)
+    config = model_config(model, model_args, results)
+    metadata = {
+        'format': 'pt',
+        'architecture': config['architecture'],
+        'timm_weighted_skip': timm_weighted_skip.__version__,
+        'timm': timm.__version__,
+        'recipe': results.recipe if results else '',
+        'commit': results.commit if results else '',
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    try:
+        sample = _sample(model, config['pretrained_cfg']['input_size'])
+        (staging / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        card = model_card(staging, f'{HUB_OWNER}/{folder.name}')
+        (staging / 'README.md').write_text(card, encoding='utf-8')
+        write_weights(model.state_dict(), staging / 'model.safetensors', metadata)
+        (staging / SAMPLE).parent.mkdir()
+        write_weights(sample, staging / SAMPLE, {'format': 'pt'})
+        validate_checkpoint(staging)
+        staging.chmod(0o755)  # a temporary folder is its owner's alone
+        staging.rename(folder)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(staging), str(folder))) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+@torch.no_grad()
+def _sample(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    """One image (1, C, H, W) of noise and its logits (1, classes)."""
+    net = copy.deepcopy(model).cpu().float().eval()  # as it loads
+    image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
+    return {'input': image, 'logits': net(image)}
