@@ -13,9 +13,9 @@ from pathlib import Path
 
 import timm
 import torch
-from timm_weighted_skip.quickstart import MODELS, accuracy, load_digits, train
 
 from timm_weighted_skip.hub import Results, save_checkpoint
+from timm_weighted_skip.quickstart import MODELS, accuracy, load_digits, train
 from timm_weighted_skip.train import AlternateFreezing
 
 EPOCHS, PERIOD, SEEDS = 30, 3, [0, 1, 2]
