@@ -217,13 +217,16 @@ class Trainer:
             'sched', 'min_lr', 'warmup_epochs', 'warmup_lr', 'cooldown_epochs', 'decay_epochs', 'decay_milestones',
             'decay_rate',
         )  # fmt: skip
-        return create_scheduler_v2(
+        scheduler, epochs = create_scheduler_v2(
             self.optimizer,
             num_epochs=self.recipe.epochs,
             step_on_epochs=not self.recipe.sched_on_updates,
             updates_per_epoch=self.updates_per_epoch,
             **{name: getattr(self.recipe, name) for name in names},
         )
+        if scheduler is None and self.recipe.sched != 'none':
+            raise ValueError(f'sched={self.recipe.sched!r} is unknown to timm; choose cosine, multistep, step or none')
+        return scheduler, epochs
 
     @property
     def eval_net(self) -> nn.Module:
