@@ -21,7 +21,7 @@ from timm_weighted_skip.train.checkpoint import write_atomically
 from timm_weighted_skip.train.hook import add_arguments, install
 from timm_weighted_skip.train.recipe import list_recipes, recipe_path
 
-__all__ = ['TIMM_TAG', 'find_script', 'main']
+__all__ = ['TIMM_TAG', 'find_script', 'load_script', 'main']
 
 TIMM_TAG = 'v1.0.28'  # its scripts run with timm 1.0.27 and later
 URL = f'https://raw.githubusercontent.com/huggingface/pytorch-image-models/{TIMM_TAG}'
@@ -83,7 +83,7 @@ def find_script(name: str = 'train', given: Optional[str] = None) -> Path:
     return path
 
 
-def _load(path: Path) -> ModuleType:
+def load_script(path: Path) -> ModuleType:
     """Load a script as a module of its name, as a process of its data loader would find it.
 
     Raises:
@@ -125,7 +125,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options.add_argument('--script', default='train', choices=SHA256)
     own, rest = options.parse_known_args(arguments)
     try:
-        script: Any = _load(find_script(own.script, own.train_script))
+        script: Any = load_script(find_script(own.script, own.train_script))
         script.parser.prog = 'python -m timm_weighted_skip.train'
         if own.script != 'train':
             sys.argv = [script.__file__, *rest]
