@@ -296,6 +296,8 @@ def poison_after(evaluate):
         (['--batch-size', '2000'], 'smaller --batch-size'),
         (['--data', 'cifar10'], '--data-dir'),
         (['--lr', 'nan'], 'lr=nan'),
+        (['--device', 'abacus'], "device 'abacus'"),
+        (['--grad-accum-steps', '99'], 'more than an epoch of 22 batches'),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )

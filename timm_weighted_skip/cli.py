@@ -91,6 +91,8 @@ def add_eval(verbs) -> None:
         from timm_weighted_skip.train.data import load_image_set
         from timm_weighted_skip.train.runs import evaluate_saved
 
+        if args.data is None:
+            raise ValueError('--data is missing: the images to evaluate on, such as cifar10 with --data-dir, or digits')
         data = load_image_set(args.data, False, args.data_dir, args.download)
         print(json.dumps(evaluate_saved(args.target, data, args.batch_size, args.device, args.amp)))
 

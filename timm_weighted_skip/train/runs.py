@@ -33,7 +33,7 @@ from timm_weighted_skip.train.checkpoint import (
 )
 from timm_weighted_skip.train.data import Batches, ImageSet, load_image_set
 from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml
-from timm_weighted_skip.train.trainer import EpochStopped, Trainer, evaluate, make_net, normalisation
+from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, normalisation
 
 __all__ = ['Run', 'describe', 'evaluate_saved', 'read_run', 'run', 'run_seeds', 'summary', 'task_of']
 
@@ -331,6 +331,7 @@ def evaluate_saved(
     Raises:
         ValueError: The weights are of another number of classes or channels, or say not what they are of.
     """
+    check_device(device)
     path = Path(target)
     if path.is_dir():
         path = path / 'last.safetensors'

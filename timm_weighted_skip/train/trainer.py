@@ -25,14 +25,28 @@ from timm_weighted_skip.train.data import Batches, ImageSet, mix_seed
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 
-__all__ = ['EpochStopped', 'Trainer', 'evaluate', 'make_net', 'normalisation']
+__all__ = ['EpochStopped', 'Trainer', 'check_device', 'evaluate', 'make_net', 'normalisation']
 
-# Images that a run must process for torch.compile to win back on a CPU what it takes to compile, about two minutes.
+# Images that a run must process for torch.compile to win back on a CPU the minutes that it takes to compile.
 IMAGES_WORTH_COMPILING = 500_000
 
 
 class EpochStopped(Exception):
     """An epoch was stopped by a signal, between two updates."""
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: torch has none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f'device {device!r} is not to be had ({str(error).splitlines()[0]}); give cpu or cuda'
+        ) from None
 
 
 def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwargs: Any) -> nn.Module:
@@ -94,7 +108,7 @@ def _compiles(device: torch.device, images: int) -> bool:
     return device.type == 'cuda'
 
 
-def keep_memory() -> None:
+def _keep_memory() -> None:
     """Have glibc reuse the memory of activations instead of giving it back to the system at every step."""
     if sys.platform == 'linux':
         with suppress(AttributeError, OSError):
@@ -153,7 +167,7 @@ class Trainer:
 
     def __init__(self, net: nn.Module, recipe: Recipe, train: ImageSet, test: ImageSet, device: str = 'cpu') -> None:
         self.recipe = recipe
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.freezing = AlternateFreezing(
             recipe.alternate_freeze, recipe.alternate_count, recipe.alternate_rule, recipe.alternate_bn_stats
         )
@@ -176,7 +190,7 @@ class Trainer:
         if self.device.type == 'cuda':
             torch.backends.cudnn.deterministic = True
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        keep_memory()
+        _keep_memory()
         if recipe.grad_checkpointing:
             net.set_grad_checkpointing()  # type: ignore[operator]
         self.net = net.to(self.device)
@@ -202,10 +216,8 @@ class Trainer:
         options: dict[str, Any] = {'eps': recipe.opt_eps, 'betas': recipe.opt_betas}
         options = {name: value for name, value in options.items() if value is not None}
         try:
-            if (
-                'fused'
-                in signature(get_optimizer_class(recipe.opt.removeprefix('lookahead_'), bind_defaults=False)).parameters
-            ):
+            optimizer = get_optimizer_class(recipe.opt.removeprefix('lookahead_'), bind_defaults=False)
+            if 'fused' in signature(optimizer).parameters:
                 options['fused'] = True
             options.update(recipe.opt_kwargs)
             return create_optimizer_v2(self.net, recipe.opt, recipe.lr, recipe.weight_decay, recipe.momentum, **options)
@@ -299,7 +311,7 @@ class Trainer:
                 if self.ema:
                     self.ema.update(self.net, at.updates)
                 mean = None
-                if time.perf_counter() > checked + 1 or at.batch == end or stopped():  # reading the loss waits for it
+                if time.perf_counter() > checked + 1 or at.batch == end:  # not always: reading the loss waits for it
                     checked, at.loss = time.perf_counter(), float(total)
                     mean = at.loss / at.batch
                     if not math.isfinite(mean):
@@ -308,6 +320,7 @@ class Trainer:
                         )
                 progress(recipe.batch_size * recipe.grad_accum_steps, mean)
                 if stopped():
+                    at.loss = float(total)
                     raise EpochStopped
         images, seconds = (at.batch - first) * recipe.batch_size, time.perf_counter() - started
         lr = max(group['lr'] for group in self.optimizer.param_groups)
