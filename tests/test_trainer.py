@@ -217,6 +217,13 @@ def test_files_of_a_run_and_its_evaluation(tmp_path, capsys):
     assert main(['train', '--resume', str(tmp_path / 'run')]) == 0  # finished: nothing to do
 
 
+@pytest.mark.parametrize(('model', 'units'), [('resnet14_cifar', 0), ('adaresnet14_cifar', 6)])
+def test_nets_without_gates_are_trained_too(tmp_path, model, units):
+    assert main(train_args(tmp_path, '--model', model, '--alternate-freeze', '0', '--epochs', '1')) == 0
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert len(result['mapping_units'] or ()) == units
+
+
 def test_a_checkpoint_survives_what_befalls_the_next_one(tmp_path, monkeypatch):
     tensors = {'': {'w': torch.arange(3.0)}}
     checkpoints.save_checkpoint(tmp_path, tensors, {'updates': 1}, {})

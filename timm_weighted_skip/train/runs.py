@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
@@ -143,7 +144,7 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
         task: What to do.
         folder: Exists.
         analysis: Called with the trained net and an iterable of all test images in normalised batches; what it
-            returns becomes the result's 'mapping_units'.
+            returns becomes the result's 'mapping_units', unless it raises a `ValueError`, as for plain nets.
 
     Returns:
         What result.json holds; that of an earlier call if the run is finished.
@@ -268,7 +269,7 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
 
 
 def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], analysis: Optional[Analysis]) -> dict:
-    images = sum(line['images_per_second'] or 0 for line in book['log'])
+    speeds = [line['images_per_second'] for line in book['log'] if line['images_per_second']]
     result = {
         'model': task.model,
         'data': task.data,
@@ -279,7 +280,7 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
         'parameters': sum(p.numel() for p in trainer.net.parameters()),
         'epochs': trainer.epochs,
         'wall_time': round(book['wall_time'], 1),
-        'images_per_second': round(images / len(book['log']), 1),
+        'images_per_second': round(statistics.fmean(speeds), 1) if speeds else None,
         'recipe': asdict(task.recipe),
         'mean': trainer.mean,
         'std': trainer.std,
@@ -296,8 +297,9 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
         'commit': _commit(),
     }
     if analysis is not None:
-        net = trainer.eval_net.eval()
-        result['mapping_units'] = analysis(net, (x for x, _ in trainer.test_batches.in_order()))
+        with suppress(ValueError):  # a plain net has no weights to tell of
+            images_in_order = (x for x, _ in trainer.test_batches.in_order())
+            result['mapping_units'] = analysis(trainer.eval_net.eval(), images_in_order)
     write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
     return result
 
