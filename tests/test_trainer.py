@@ -26,6 +26,15 @@ from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net
 BASE = dict(epochs=4, batch_size=8, alternate_freeze=1, lr=0.05, weight_decay=1e-3, pad_crop=1, torchcompile=False)
 
 
+ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes started here: nets this small gain nothing from more, and lose much on a busy machine."""
+    torch.set_num_threads(1)
+
+
 def image_set(count=32, size=8):
     rng = np.random.default_rng(0)
     labels = torch.arange(count) % 4
@@ -157,11 +166,10 @@ def train_args(folder, *more):
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
     whole = run_seeds_of(tmp_path / 'whole')
     command = [sys.executable, '-m', 'timm_weighted_skip.cli']
-    env = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())}
     folder = tmp_path / 'killed'
     arguments, kills = train_args(folder), 0
     while kills < 3:
-        process = subprocess.Popen([*command, *arguments], env=env, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, *arguments], env=ONE_THREAD, stdout=subprocess.DEVNULL)
         log, lines = folder / 'run' / 'log.jsonl', 2 * kills + 1
         while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < lines):
             time.sleep(0.002)
@@ -186,7 +194,8 @@ def run_seeds_of(folder):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, '-m', 'timm_weighted_skip.cli', *train_args(tmp_path, '--epochs', '10000')]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=ONE_THREAD, **pipes)
     process.stdout.readline()  # the first epoch is over
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
