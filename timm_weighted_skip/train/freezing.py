@@ -1,34 +1,72 @@
 """Alternating training of backbone and gates (AWM, arXiv 1811.06878, section 3.2)."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
+from timm.layers import use_reentrant_ckpt
+from timm.utils import unwrap_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from timm_weighted_skip.layers import Gate
+from timm_weighted_skip.layers import Gate, check_choice
 
 __all__ = ['AlternateFreezing', 'Phase']
 
 Phase = Literal['backbone', 'gates', 'joint']
 
 
+class _Net(NamedTuple):
+    """What a net let be trained when it was first seen."""
+
+    gates: list[nn.Parameter]
+    backbone: list[nn.Parameter]
+    backbone_biases: list[nn.Parameter]
+    norms: list[nn.Module]
+
+
 class AlternateFreezing:
     """Trains backbone and gates in turn, `period` epochs each, backbone first.
 
+        freezing = AlternateFreezing(period=3)
+        for epoch in range(epochs):
+            phase = freezing(model, epoch)
+
     Call it at the start of every epoch, after the optimizer has been made (timm's factory leaves out parameters that
     are frozen by then, for good). What a phase does not train is frozen to the bit: it needs no gradient, and its last
-    gradient is dropped, so that neither momentum nor weight decay can move it.
+    gradient is dropped, so that neither momentum nor weight decay can move it and a gradient norm does not count it.
+
+    The first call with a net takes down what it lets be trained; what the user froze before stays frozen. The phase
+    depends on the epoch's number alone, so a resumed run lands in the right one.
 
     Args:
         period: Epochs per phase; 0 trains both together. The paper's best is 3.
+        count: 'total', the schedule's epochs contain both phases, so a plain net at the same number of epochs costs the
+            same; 'extra', every epoch of the schedule comes twice, for the backbone and for the gates (the released
+            code: 350 and 348 epochs), see `total_epochs` and `schedule_epoch`.
+        freeze: What of the backbone a gate phase freezes. 'strict', all of it; 'released', weights only: its biases,
+            those of norm layers included, are trained in both phases.
+        freeze_bn_stats: Keep running statistics as they are in a gate phase; normalising stays by batch.
 
     Raises:
-        ValueError: `period` is not a whole number of 0 or more.
+        ValueError: `period` is not a whole number of 0 or more, or `count` or `freeze` is unknown.
     """
 
-    def __init__(self, period: int = 3) -> None:
+    def __init__(
+        self,
+        period: int = 3,
+        count: Literal['total', 'extra'] = 'total',
+        freeze: Literal['strict', 'released'] = 'strict',
+        freeze_bn_stats: bool = False,
+    ) -> None:
         if isinstance(period, bool) or not isinstance(period, int) or period < 0:
             raise ValueError(f'period={period!r} is not a number of epochs; give a whole number of 0 or more')
+        check_choice('count', count, ('total', 'extra'))
+        check_choice('freeze', freeze, ('strict', 'released'))
         self.period = period
+        self.count = count
+        self.freeze = freeze
+        self.freeze_bn_stats = freeze_bn_stats
+        self._nets: WeakKeyDictionary[nn.Module, _Net] = WeakKeyDictionary()
 
     def phase(self, epoch: int) -> Phase:
         """What epoch number `epoch`, counted from 0, trains."""
@@ -36,13 +74,80 @@ class AlternateFreezing:
             return 'joint'
         return 'gates' if epoch // self.period % 2 else 'backbone'
 
+    def total_epochs(self, epochs: int) -> int:
+        """Epochs to run for a schedule of `epochs`: more than these only with `count='extra'`."""
+        if self.count == 'total' or not self.period:
+            return epochs
+        return epochs + epochs // self.period * self.period
+
+    def schedule_epoch(self, epoch: int) -> int:
+        """The schedule's epoch at which epoch `epoch` of the run is: the learning rate's, for one."""
+        if self.count == 'total' or not self.period:
+            return epoch
+        cycle, position = divmod(epoch, 2 * self.period)
+        return cycle * self.period + position % self.period
+
     def __call__(self, model: nn.Module, epoch: int) -> Phase:
-        """Freeze and thaw the parameters of `model` for `epoch`; returns the phase."""
+        """Freeze and thaw the parameters of `model` for `epoch`; returns the phase.
+
+        Args:
+            model: The net, compiled or wrapped for data-parallel training as it may be.
+            epoch: Counted from 0.
+
+        Raises:
+            ValueError: The net has no gates, or its wrapper or its checkpointing can't train it in phases.
+        """
         phase = self.phase(epoch)
-        gates = {p for m in model.modules() if isinstance(m, Gate) for p in m.parameters()}
-        for parameter in model.parameters():
-            trained = phase == 'joint' or (phase == 'gates') == (parameter in gates)
-            parameter.requires_grad_(trained)
-            if not trained:
-                parameter.grad = None
+        if phase == 'joint':
+            return phase
+        net = self._net(model)
+        for parameters, trained in (
+            (net.gates, phase == 'gates'),
+            (net.backbone, phase == 'backbone'),
+            (net.backbone_biases, phase == 'backbone' or self.freeze == 'released'),
+        ):
+            for parameter in parameters:
+                parameter.requires_grad_(trained)
+                if not trained:
+                    parameter.grad = None
+        for norm in net.norms if self.freeze_bn_stats else ():
+            # Not `norm.eval()`, which the next `model.train()` would undo, and which normalises by other numbers.
+            norm.track_running_stats = phase == 'backbone'  # type: ignore[assignment]
         return phase
+
+    def _net(self, model: nn.Module) -> _Net:
+        net = unwrap_model(model)
+        if net in self._nets:
+            return self._nets[net]
+        gates = {p for m in net.modules() if isinstance(m, Gate) for p in m.parameters()}
+        if not gates:
+            raise ValueError(
+                f'{type(net).__name__} has no gates to train in turn with its backbone; nets that have are called '
+                'awm_* (such as awm_resnet20_cifar), made without plain=True; or train with period 0'
+            )
+        if any(getattr(m, 'grad_checkpointing', False) for m in net.modules()) and use_reentrant_ckpt():
+            raise ValueError(
+                're-entrant gradient checkpointing passes no gradient through a frozen backbone; '
+                'unset TIMM_REENTRANT_CKPT'
+            )
+        _check_data_parallel(model)
+        trainable = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        self._nets[net] = _Net(
+            gates=[p for _, p in trainable if p in gates],
+            backbone=[p for name, p in trainable if p not in gates and not name.endswith('bias')],
+            backbone_biases=[p for name, p in trainable if p not in gates and name.endswith('bias')],
+            norms=[m for m in net.modules() if getattr(m, 'track_running_stats', False)],
+        )
+        return self._nets[net]
+
+
+def _check_data_parallel(model: nn.Module) -> None:
+    """Refuse a `DistributedDataParallel` that would wait for the gradients of what is frozen."""
+    wrapper = getattr(model, '_orig_mod', model)
+    if isinstance(wrapper, DistributedDataParallel) and not (
+        wrapper.find_unused_parameters and not wrapper.static_graph
+    ):
+        raise ValueError(
+            'frozen parameters have no gradients to synchronise; '
+            'make DistributedDataParallel with find_unused_parameters=True and without static_graph'
+        )

@@ -1,0 +1,117 @@
+"""Image sets in memory and their batches, against torchvision's transforms."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as tv
+
+from timm_weighted_skip.train.data import Batches, ImageSet, load_image_set
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def image_set(count=20, size=8, channels=3, classes=4):
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(256, size=(count, size, size, channels), dtype=np.uint8))
+    return ImageSet(images, torch.arange(count) % classes, tuple('abcd'[:classes]))
+
+
+def by_torchvision(image, padding, top, left, flip):
+    image = tv.pad(Image.fromarray(image.numpy()), padding)
+    image = tv.crop(image, top, left, image.height - 2 * padding, image.width - 2 * padding)
+    return tv.normalize(tv.to_tensor(tv.hflip(image) if flip else image), MEAN, STD)
+
+
+def test_every_crop_and_flip_is_torchvisions():
+    data = image_set()
+    batches = Batches(data, 5, MEAN, STD, pad_crop=2, hflip=0.5)
+    for flip in (False, True):
+        for top in range(5):
+            for left in range(5):
+                tensors = (torch.tensor([value]) for value in (7, top, left, flip))
+                x, _ = batches._take(*tensors)
+                torch.testing.assert_close(x[0], by_torchvision(data.images[7], 2, top, left, flip), atol=1e-5, rtol=0)
+
+
+def test_test_batches_are_every_image_as_it_is():
+    data = image_set()
+    for pad_crop in (0, 3):
+        x, labels = (torch.cat(parts) for parts in zip(*Batches(data, 7, MEAN, STD, pad_crop=pad_crop).in_order()))
+        expected = torch.stack([by_torchvision(image, 0, 0, 0, False) for image in data.images])
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+        assert torch.equal(labels, data.labels)
+
+
+def test_shuffled_epoch_draws_every_offset_and_flip_and_no_image_twice():
+    # Each image is one bright pixel in the middle, of a colour that names the image: its place tells the crop.
+    images = torch.zeros(250, 5, 5, 1, dtype=torch.uint8)
+    images[:, 2, 1, 0] = torch.arange(1, 251)
+    data = ImageSet(images, torch.zeros(250, dtype=torch.long), ('a',))
+    batches = Batches(data, 50, (0.0,), (1.0,), pad_crop=1, hflip=0.5)
+    x = torch.cat([x for x, _ in batches.shuffled(seed=0, epoch=0)])
+    bright = x.flatten(1).max(1)
+    assert (bright.values * 255).round().int().sort().values.tolist() == list(range(1, 251))
+    rows, columns = bright.indices // 5, bright.indices % 5
+    assert set(rows.tolist()) == {1, 2, 3}
+    assert set(columns.tolist()) == {0, 1, 2, 3, 4}  # 0 to 2 as it is, 2 to 4 mirrored
+
+
+def test_an_epoch_depends_on_seed_and_number_and_can_be_taken_up_anywhere():
+    batches = Batches(image_set(), 4, MEAN, STD, pad_crop=2, hflip=0.5, channels_last=True)
+    whole = list(batches.shuffled(1, 3))
+    assert len(whole) == 5
+    for start in range(6):
+        rest = list(batches.shuffled(1, 3, start))
+        assert len(rest) == 5 - start
+        assert all(torch.equal(a, b) for pair in zip(rest, whole[start:]) for a, b in zip(*pair))
+    for other in ((1, 4), (2, 3)):
+        assert not torch.equal(next(batches.shuffled(*other))[0], whole[0][0])
+    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_npz_folder_and_digits_are_read(tmp_path):
+    data = image_set()
+    for split, folder in (('train', 'train'), ('test', 'validation')):
+        np.savez(tmp_path / f'mine_{split}.npz', images=data.images, labels=data.labels, classes=np.array(data.classes))
+        for name in data.classes:
+            (tmp_path / folder / name).mkdir(parents=True)
+        for i, (image, label) in enumerate(zip(data.images, data.labels)):
+            Image.fromarray(image.numpy()).save(tmp_path / folder / data.classes[label] / f'{i:02d}.png')
+    for train in (True, False):
+        npz, folder = (load_image_set(name, train, tmp_path) for name in ('mine', 'folder'))
+        assert torch.equal(npz.images, data.images)
+        assert npz.classes == folder.classes == data.classes
+        order = data.labels.argsort(stable=True)
+        assert torch.equal(folder.images, data.images[order])
+        assert torch.equal(folder.labels, data.labels[order])
+    train, test = load_image_set('digits', True), load_image_set('digits', False)
+    assert train.images.shape == (1437, 8, 8, 1)
+    assert test.images.shape == (360, 8, 8, 1)
+    assert train.images.max() == 255
+
+
+def test_what_is_no_image_set_is_refused_in_one_line(tmp_path):
+    def refused(match, data, error=(ValueError, OSError)):
+        with pytest.raises(error, match=match) as caught:
+            load_image_set(data, True, tmp_path)
+        assert '\n' not in str(caught.value)
+
+    refused('choose one of cifar10', 'imagenet')
+    refused('cifar10_train.npz', 'cifar10')
+    refused('no folder train', 'folder')
+    (tmp_path / 'a_train.npz').write_bytes(b'PK\x03\x04 cut off')
+    refused('a_train.npz is not a readable image set', 'a')
+    np.savez(tmp_path / 'b_train.npz', x=np.zeros(3))
+    refused("'x'", 'b')
+    np.savez(tmp_path / 'c_train.npz', images=np.zeros((0, 4, 4, 3), np.uint8), labels=np.zeros(0, int))
+    refused('empty', 'c')
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / 'd_train.npz', images=images, labels=np.array([0, 1, 2]), classes=np.array(['x', 'y']))
+    refused('labels 0 to 2 with 2 classes', 'd')
+    np.savez(tmp_path / 'e_train.npz', images=images.astype(float), labels=np.array([0, 1, 2]))
+    refused('uint8', 'e')
+    with pytest.raises(ValueError, match='--data-dir'):
+        load_image_set('cifar10', True)
+    with pytest.raises(ValueError, match='smaller --batch-size'):
+        next(Batches(image_set(), 21, MEAN, STD).shuffled(0, 0))

@@ -1,0 +1,271 @@
+"""Alternating training: what a phase freezes does not move by a bit, what it trains does."""
+
+import copy
+import os
+
+import pytest
+import timm
+import torch
+from timm.layers import set_reentrant_ckpt
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import timm_weighted_skip  # noqa: F401  registers the models
+from timm_weighted_skip import AlternateFreezing
+from timm_weighted_skip.layers import Gate
+
+SGD = dict(opt='sgd', lr=0.1, momentum=0.9, weight_decay=1e-3)  # timm's 'sgd' is Nesterov's
+STEPS = 3  # W2 starts at zero, so W1 has its first gradient in the second step
+
+
+def make_net(name='awm_resnet14_cifar', **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def batches(epoch, steps=STEPS, size=4):
+    generator = torch.Generator().manual_seed(epoch)
+    for _ in range(steps):
+        yield torch.randn(size, 3, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator)
+
+
+def run_epoch(model, optimizer, epoch, bf16=False, clip=None, accumulate=1, ema=None):
+    model.train()
+    for step, (x, target) in enumerate(batches(epoch, STEPS * accumulate), 1):
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            loss = cross_entropy(model(x), target) / accumulate
+        loss.backward()
+        if step % accumulate:
+            continue
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema:
+            ema.update(model, step)
+
+
+def bits(net):
+    """Name -> the bytes of every parameter."""
+    return {name: p.detach().contiguous().view(torch.uint8).numpy().tobytes() for name, p in net.named_parameters()}
+
+
+def groups(net):
+    gates = {f'{name}.{n}' for name, m in net.named_modules() if isinstance(m, Gate) for n, _ in m.named_parameters()}
+    return gates, {name for name, _ in net.named_parameters()} - gates
+
+
+def assert_alternates(net, model, optimizer, freezing, epochs, **kwargs):
+    """Train `model`, which wraps `net`, and hold every epoch's moved parameters against its phase."""
+    gates, backbone = groups(net)
+    for epoch in epochs:
+        before = bits(net)
+        phase = freezing(model, epoch)
+        run_epoch(model, optimizer, epoch, **kwargs)
+        after = bits(net)
+        assert {name for name in after if after[name] != before[name]} == (gates if phase == 'gates' else backbone)
+
+
+@pytest.mark.parametrize(
+    'opt', [SGD, dict(opt='adamw', lr=1e-2, weight_decay=0.1), dict(opt='muon', lr=1e-2, weight_decay=0.1)], ids=str
+)
+def test_frozen_group_is_unmoved_by_a_bit_and_the_other_moves(opt):
+    if opt['opt'] not in list_optimizers():
+        pytest.skip(f'this timm has no {opt["opt"]}')
+    net = make_net()
+    assert_alternates(net, net, create_optimizer_v2(net, **opt), AlternateFreezing(1), range(4))
+
+
+@pytest.mark.parametrize('kwargs', [dict(bf16=True), dict(clip=0.1), dict(accumulate=2)], ids=str)
+def test_under_the_usual_training_options(kwargs):
+    net = make_net()
+    assert_alternates(net, net, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(3), **kwargs)
+
+
+def test_under_checkpointing():
+    net = make_net()
+    net.set_grad_checkpointing()
+    assert_alternates(net, net, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(3))
+
+
+def test_under_compile():
+    net = make_net()
+    model = torch.compile(net, backend='aot_eager')
+    assert_alternates(net, model, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(3))
+
+
+def test_on_a_densenet():
+    net = make_net('awm_densenet22_bc_cifar')
+    assert_alternates(net, net, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(2))
+
+
+def test_average_of_a_frozen_group_stays_where_it_is():
+    net = make_net()
+    gates, _ = groups(net)
+    ema = ModelEmaV3(net, decay=0.9)
+    before = bits(ema.module)
+    assert_alternates(net, net, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(1), ema=ema)
+    after = bits(ema.module)
+    assert {name for name in gates if after[name] != before[name]} == set()
+
+
+@pytest.mark.parametrize('freeze', ['strict', 'released'])
+@pytest.mark.parametrize('stop', range(1, 5))
+def test_resuming_at_any_epoch_of_a_cycle_changes_nothing(stop, freeze):
+    def start():
+        net = make_net()
+        return net, create_optimizer_v2(net, **SGD), AlternateFreezing(2, freeze=freeze)
+
+    def train(net, optimizer, freezing, epochs):
+        for epoch in epochs:
+            freezing(net, epoch)
+            run_epoch(net, optimizer, epoch)
+
+    whole, optimizer, freezing = start()
+    train(whole, optimizer, freezing, range(stop))
+    state = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    train(whole, optimizer, freezing, range(stop, 5))
+
+    resumed, optimizer, freezing = start()
+    resumed.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    train(resumed, optimizer, freezing, range(stop, 5))
+    assert bits(resumed) == bits(whole)
+
+
+def test_what_the_user_froze_stays_frozen():
+    net = make_net()
+    net.conv1.requires_grad_(False)
+    net.layer1[0].merge.gate.requires_grad_(False)
+    freezing = AlternateFreezing(1)
+    for epoch in range(3):
+        freezing(net, epoch)
+        assert not net.conv1.weight.requires_grad
+        assert not net.layer1[0].merge.gate.fc1.weight.requires_grad
+        assert net.layer1[1].merge.gate.fc1.weight.requires_grad == (epoch == 1)
+
+
+def test_released_rule_trains_biases_in_both_phases():
+    net = make_net()
+    gates, backbone = groups(net)
+    optimizer, freezing = create_optimizer_v2(net, **SGD), AlternateFreezing(1, freeze='released')
+    for epoch, moving in enumerate((backbone, gates | {name for name in backbone if name.endswith('bias')})):
+        before = bits(net)
+        freezing(net, epoch)
+        run_epoch(net, optimizer, epoch)
+        after = bits(net)
+        assert {name for name in after if after[name] != before[name]} == moving
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_running_statistics_of_a_gate_phase(frozen):
+    net = make_net()
+    optimizer, freezing = create_optimizer_v2(net, **SGD), AlternateFreezing(1, freeze_bn_stats=frozen)
+    for epoch in range(3):
+        before = {name: b.clone() for name, b in net.named_buffers()}
+        phase = freezing(net, epoch)
+        run_epoch(net, optimizer, epoch)
+        unmoved = {name for name, b in net.named_buffers() if torch.equal(b, before[name])}
+        assert unmoved == (set(before) if frozen and phase == 'gates' else set())
+
+
+def test_a_gate_phase_normalises_by_batch_whether_or_not_it_keeps_the_statistics():
+    x, _ = next(batches(0))
+    outputs = []
+    for frozen in (False, True):
+        net = make_net()
+        AlternateFreezing(1, freeze_bn_stats=frozen)(net, 1)
+        outputs.append(net.train()(x))
+    assert torch.equal(*outputs)
+
+
+def test_period_0_trains_both_together_on_any_net():
+    freezing = AlternateFreezing(0)
+    for name in ('awm_resnet14_cifar', 'resnet14_cifar'):
+        net = make_net(name)
+        before = bits(net)
+        assert freezing(net, 5) == 'joint'
+        run_epoch(net, create_optimizer_v2(net, **SGD), 0)
+        assert all(value != before[name] for name, value in bits(net).items())
+
+
+def test_phases_and_epochs_of_a_schedule():
+    total, extra = AlternateFreezing(3), AlternateFreezing(3, count='extra')
+    assert [total.phase(e)[0] for e in range(8)] == list('bbbgggbb')
+    assert (total.total_epochs(350), total.schedule_epoch(100)) == (350, 100)
+    phases = [extra.phase(e) for e in range(extra.total_epochs(350))]
+    assert (phases.count('backbone'), phases.count('gates')) == (350, 348)  # the released code's
+    for phase in ('backbone', 'gates'):
+        epochs = [extra.schedule_epoch(e) for e, p in enumerate(phases) if p == phase]
+        assert epochs == list(range(len(epochs)))
+
+
+def test_gates_at_their_start_are_half_to_the_bit_in_the_first_backbone_phase():
+    net, plain = make_net(), make_net(plain=True)
+    plain.load_state_dict({name: v for name, v in net.state_dict().items() if '.gate.' not in name})
+    freezing = AlternateFreezing(1)
+    freezing(net, 0)
+    for model in (net, plain):
+        run_epoch(model, create_optimizer_v2(model, **SGD), 0)
+    assert all(bits(net)[name] == value for name, value in bits(plain).items())
+
+
+@pytest.mark.parametrize('period', [-1, 1.5, True, '3', None])
+def test_period_is_a_number_of_epochs(period):
+    with pytest.raises(ValueError, match=r'period=.* is not a number of epochs'):
+        AlternateFreezing(period)
+
+
+@pytest.mark.parametrize('kwargs', [dict(count='both'), dict(freeze='all')])
+def test_unknown_choices_are_refused(kwargs):
+    with pytest.raises(ValueError, match='choose one of'):
+        AlternateFreezing(3, **kwargs)
+
+
+@pytest.mark.parametrize('name', ['resnet14_cifar', 'adaresnet14_cifar', 'awm_resnet14_cifar'])
+def test_a_net_without_gates_is_refused(name):
+    net = make_net(name, **(dict(plain=True) if name.startswith('awm') else {}))
+    with pytest.raises(ValueError, match=r'no gates .* awm_'):
+        AlternateFreezing(3)(net, 0)
+
+
+def test_reentrant_checkpointing_is_refused():
+    net = make_net()
+    set_reentrant_ckpt(True)
+    try:
+        AlternateFreezing(3)(net, 0)  # nothing is checkpointed yet
+        net = make_net()
+        net.set_grad_checkpointing()
+        with pytest.raises(ValueError, match='TIMM_REENTRANT_CKPT'):
+            AlternateFreezing(3)(net, 0)
+    finally:
+        set_reentrant_ckpt(False)
+
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    net = make_net()
+    with pytest.raises(ValueError, match='find_unused_parameters=True'):
+        AlternateFreezing(1)(nn.parallel.DistributedDataParallel(net), 0)
+    model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer, freezing = create_optimizer_v2(net, **SGD), AlternateFreezing(1)
+    for epoch in range(3):
+        before = bits(net)
+        phase = freezing(model, epoch)
+        run_epoch(model, optimizer, 2 * epoch + rank)  # each rank has its own images
+        torch.save((phase, before, bits(net)), os.path.join(folder, f'{rank}-{epoch}.pt'))
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads can keep a finished process waiting
+
+
+def test_two_processes_stay_equal_to_the_bit(tmp_path):
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    gates, backbone = groups(make_net())
+    for epoch in range(3):
+        (phase, before, after), other = (torch.load(tmp_path / f'{r}-{epoch}.pt', weights_only=True) for r in (0, 1))
+        assert other == (phase, before, after)
+        moved = {name for name in after if after[name] != before[name]}
+        assert moved == (gates if phase == 'gates' else backbone)

@@ -1,0 +1,297 @@
+"""timm's train.py with alternating training, for a stand-in with its interface and, where it can be had, for itself."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.optim import list_optimizers
+
+from timm_weighted_skip.train import launcher
+from timm_weighted_skip.train.recipe import list_recipes, recipe_path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = 'awm_resnet14_cifar'
+
+
+def real_script():
+    """timm's train.py and, if it is not to be had, why."""
+    if tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 27):
+        return None, f'the script of {launcher.TIMM_TAG} does not run with timm {timm.__version__}'
+    given = os.environ.get('TIMM_TRAIN_SCRIPT')
+    path = Path(given) if given else launcher.cache_folder() / 'train.py'
+    return (path, '') if path.is_file() else (None, "timm's train.py is neither in $TIMM_TRAIN_SCRIPT nor in the cache")
+
+
+REAL, WHY_NOT = real_script()
+SCRIPTS = [
+    pytest.param(Path(__file__).with_name('standin_train.py'), id='stand-in'),
+    pytest.param(REAL, id='real', marks=pytest.mark.skipif(REAL is None, reason=WHY_NOT)),
+]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 2), ('validation', 1)):
+        for label in range(10):
+            folder = root / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(folder / f'{i}.png')
+    return root
+
+
+def start(command, images, output, *more, env=None):
+    """Run a script for three epochs; returns the finished process."""
+    options = ['--data-dir', images, '--device', 'cpu', '-j', 0, '-b', 4, '--lr', 0.05, '--output', output]
+    options += ['--experiment', 'run', *more]
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **(env or {})}
+    command = [sys.executable, *command, *map(str, options)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+
+
+def launch(script, images, output, *more, **kwargs):
+    command = ['-m', 'timm_weighted_skip.train', '--train-script', str(script), '--model', MODEL]
+    return start(command, images, output, *more, **kwargs)
+
+
+def phases(output, count, initial=None):
+    """'b' or 'g' for every epoch, told from what moved between its checkpoint and the one before."""
+    states = [initial] if initial else []
+    for epoch in range(count):
+        path = output / 'run' / f'checkpoint-{epoch}.pth.tar'
+        if path.exists():
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                states.append(torch.load(path, weights_only=True)['state_dict'])
+    parameters = {name for name, _ in timm.create_model(MODEL).named_parameters()}
+    gates = {name for name in parameters if '.gate.' in name}
+    found = ''
+    for before, after in pairwise(states):
+        moved = {name for name in parameters if not torch.equal(before[name], after[name])}
+        # A gate's first layer has no gradient while its second is zero, and AMP's rounding may leave a bias in place.
+        found += 'g' if moved and moved <= gates else 'b' if moved and not moved & gates else '?'
+    return found
+
+
+OPTIMIZERS = [('--opt', name) for name in ('sgd', 'adamw', 'muon')]
+OPTIONS = [
+    ('--model-ema', '--clip-grad', 0.5, '--amp', '--amp-dtype', 'bfloat16'),
+    ('--grad-checkpointing', '--grad-accum-steps', 2),
+]
+
+
+@pytest.mark.parametrize(
+    ('script', 'more'),
+    [*((SCRIPTS[0].values[0], more) for more in OPTIMIZERS)]
+    + [pytest.param(REAL, more, marks=SCRIPTS[1].marks) for more in OPTIMIZERS + OPTIONS],
+    ids=lambda value: ' '.join(map(str, value)) if isinstance(value, tuple) else '',
+)
+def test_phases_of_epochs(script, images, tmp_path, more):
+    if more[1] == 'muon' and 'muon' not in list_optimizers():
+        pytest.skip('this timm has no muon')
+    done = launch(script, images, tmp_path, '--alternate-freeze', 1, '--epochs', 4, '--sched', 'step', *more)
+    assert done.returncode == 0, done.stderr
+    assert phases(tmp_path, 4) == 'gbg'
+
+
+def test_a_recipe_by_name_and_its_options_in_what_the_script_writes(script, images, tmp_path):
+    done = launch(script, images, tmp_path, '-c', 'awm_cifar_short', '--epochs', 1, '--alternate-bn-stats')
+    assert done.returncode == 0, done.stderr
+    args = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    recipe = yaml.safe_load(recipe_path('awm_cifar_short').read_text())
+    assert {name: args[name] for name in recipe} == {**recipe, 'epochs': 1, 'batch_size': 4, 'lr': 0.05}
+    assert args['alternate_bn_stats'] is True
+
+
+def test_gate_epochs_on_top(script, images, tmp_path):
+    more = ('--alternate-freeze', 1, '--alternate-count', 'extra', '--epochs', 2, '--sched', 'step')
+    done = launch(script, images, tmp_path, *more)
+    assert done.returncode == 0, done.stderr
+    assert phases(tmp_path, 9) == 'gbg'
+
+
+def test_resuming_lands_in_the_phase_of_its_epoch(script, images, tmp_path):
+    more = ('--alternate-freeze', 2, '--sched', 'step', '--epochs')
+    assert launch(script, images, tmp_path / 'a', *more, 3).returncode == 0
+    first = tmp_path / 'a' / 'run' / 'checkpoint-2.pth.tar'
+    done = launch(script, images, tmp_path / 'b', *more, 6, '--resume', first)
+    assert done.returncode == 0, done.stderr
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        before = torch.load(first, weights_only=True)['state_dict']
+    assert phases(tmp_path / 'b', 6, before) == 'gbb'
+
+
+def test_two_processes(script, images, tmp_path):
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--standalone']
+    command = [*torchrun, '-m', 'timm_weighted_skip.train', '--train-script', str(script), '--model', MODEL]
+    done = start(command, images, tmp_path, '--alternate-freeze', 1, '--epochs', 3, '--sched', 'step')
+    assert done.returncode == 0, done.stderr
+    assert phases(tmp_path, 3) == 'gb'
+
+
+def test_device_module_without_a_launcher(script, images, tmp_path):
+    config = tmp_path / 'mine.yaml'
+    config.write_text('alternate_freeze: 1\npad_crop: 4\n')
+    command = [str(script), '--device-modules', 'timm_weighted_skip.alternate', '--model', MODEL, '-c', str(config)]
+    done = start(command, images, tmp_path, '--epochs', 3, '--sched', 'step')
+    assert done.returncode == 0, done.stderr
+    assert phases(tmp_path, 3) == 'gb'
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (('--alternate-freeze', '-1'), 'period=-1'),
+        (('--pad-crop', '-4'), 'pad_crop=-4'),
+        (('--alternate-freeze', '3', '--alternate-rule', 'loose'), "'strict', 'released'"),
+    ],
+)
+def test_an_option_that_is_not_allowed_is_one_line(script, monkeypatch, capsys, more, message):
+    for name in ('argv', 'path'):
+        monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+    monkeypatch.delitem(sys.modules, script.stem, raising=False)
+    assert launcher.main(['--train-script', str(script), *more]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+def test_a_net_without_gates_is_one_line(script, images, tmp_path):
+    done = launch(script, images, tmp_path, '--alternate-freeze', 3, '--model', 'resnet14_cifar')
+    assert done.returncode == 1
+    assert 'no gates' in done.stderr.splitlines()[-1]
+    assert 'Traceback' not in done.stderr
+
+
+def test_help_has_both_the_scripts_options_and_ours(script):
+    command = [sys.executable, '-m', 'timm_weighted_skip.train', '--train-script', str(script), '--help']
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(option in text for option in ('--alternate-freeze', '--pad-crop', '--batch-size', '--train-script'))
+
+
+def test_pad_crop_is_the_trainers(images):
+    """The launcher's crop and the trainer's draw from the same images: zero padding, every offset."""
+    from types import SimpleNamespace
+
+    from timm.data import ImageDataset, create_loader
+
+    from timm_weighted_skip.train.hook import install
+
+    script = SimpleNamespace(
+        __name__='train', train_one_epoch=None, create_scheduler_v2=None, create_loader=create_loader
+    )
+    install(script, argparse.Namespace(pad_crop=4))
+    for prefetcher in (True, False):
+        dataset = ImageDataset(str(images), split='train')
+        image = np.asarray(dataset[0][0])
+        loader = script.create_loader(
+            dataset,
+            (3, 32, 32),
+            4,
+            is_training=True,
+            hflip=0.0,
+            use_prefetcher=prefetcher,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            device=torch.device('cpu'),
+            num_workers=0,
+        )
+        assert next(iter(loader))[0].shape == (4, 3, 32, 32)
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+        crops = {padded[i : i + 32, j : j + 32].tobytes() for i in range(9) for j in range(9)}
+        for _ in range(20):
+            crop = dataset[0][0]
+            crop = crop if prefetcher else ((crop * 0.25 + 0.5) * 255).round().byte()
+            assert crop.permute(1, 2, 0).numpy().tobytes() in crops
+
+
+def test_without_script_and_network_the_ways_out_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv('TIMM_TRAIN_SCRIPT', raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+
+    def offline(url, timeout):
+        raise OSError('no network')
+
+    monkeypatch.setattr(launcher.urllib.request, 'urlopen', offline)
+    assert launcher.main(['--epochs', '1']) == 1
+    error = capsys.readouterr().err
+    assert all(way in error for way in ('--train-script', 'TIMM_TRAIN_SCRIPT', str(tmp_path), 'no network'))
+    assert error.count('\n') == 1
+
+
+def test_a_fetched_script_is_pinned_and_kept(tmp_path, monkeypatch):
+    import hashlib
+    import io
+
+    monkeypatch.delenv('TIMM_TRAIN_SCRIPT', raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    fetched = []
+
+    def urlopen(url, timeout):
+        fetched.append(url)
+        return io.BytesIO(b'print()')
+
+    monkeypatch.setattr(launcher.urllib.request, 'urlopen', urlopen)
+    with pytest.raises(OSError, match='is not the file it was'):
+        launcher.find_script()
+    assert not list(tmp_path.rglob('*.py'))
+    monkeypatch.setitem(launcher.SHA256, 'train', hashlib.sha256(b'print()').hexdigest())
+    assert launcher.find_script().read_bytes() == b'print()'
+    assert launcher.find_script() == launcher.cache_folder() / 'train.py'
+    assert len(fetched) == 2
+    launcher.find_script().write_bytes(b'changed')  # as a broken download would be, it is not run
+    assert launcher.find_script().read_bytes() == b'print()'
+
+
+def test_another_script_is_looked_for_beside_train_py(tmp_path):
+    for name in ('train', 'validate'):
+        (tmp_path / f'{name}.py').touch()
+    assert launcher.find_script('validate', str(tmp_path / 'train.py')) == tmp_path / 'validate.py'
+    assert launcher.find_script('validate', str(tmp_path)) == tmp_path / 'validate.py'
+    with pytest.raises(OSError, match=r'benchmark\.py is not there'):
+        launcher.find_script('benchmark', str(tmp_path))
+
+
+@pytest.mark.skipif(REAL is None, reason=WHY_NOT)
+@pytest.mark.parametrize('recipe', sorted(set(list_recipes()) - {'awm_imagenet'}))
+def test_real_script_runs_the_recipes_of_the_trainer(images, tmp_path, recipe):
+    model = {'awm_d': 'awm_densenet22_bc_cifar', 'adare': 'adaresnet14_cifar'}.get(recipe[:5], MODEL)
+    done = launch(REAL, images, tmp_path, '-c', recipe, '--model', model, '--epochs', 1)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(
+    REAL is None or not REAL.with_name('validate.py').is_file(), reason="timm's validate.py is not beside its train.py"
+)
+def test_real_validate_knows_our_nets(images, tmp_path):
+    torch.save(timm.create_model(MODEL).state_dict(), tmp_path / 'net.pth')
+    command = [sys.executable, '-m', 'timm_weighted_skip.train', '--script', 'validate', '--train-script', str(REAL)]
+    options = ['--model', MODEL, '--checkpoint', str(tmp_path / 'net.pth'), '--data-dir', str(images), '-j', '0']
+    options += ['--device', 'cpu', '-b', '10', '--no-prefetcher']
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert 'top1' in done.stdout
+
+
+def test_loading_a_script_that_does_not_fit_says_which_one_would(tmp_path, capsys):
+    path = tmp_path / 'train.py'
+    path.write_text('from timm.task import not_yet_there\n')
+    assert launcher.main(['--train-script', str(path)]) == 1
+    assert f'at tag v{timm.__version__}' in capsys.readouterr().err
+    shutil.rmtree(tmp_path)

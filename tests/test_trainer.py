@@ -1,0 +1,349 @@
+"""The in-memory trainer: phases, exact resuming after any kill, its files, its refusals."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.optim import list_optimizers
+
+from timm_weighted_skip.cli import main
+from timm_weighted_skip.layers import Gate
+from timm_weighted_skip.train import checkpoint as checkpoints
+from timm_weighted_skip.train.data import ImageSet
+from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
+from timm_weighted_skip.train.runs import Run, run_seeds
+from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net
+
+BASE = dict(epochs=4, batch_size=8, alternate_freeze=1, lr=0.05, weight_decay=1e-3, pad_crop=1, torchcompile=False)
+
+
+ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes started here: nets this small gain nothing from more, and lose much on a busy machine."""
+    torch.set_num_threads(1)
+
+
+def image_set(count=32, size=8):
+    rng = np.random.default_rng(0)
+    labels = torch.arange(count) % 4
+    images = rng.integers(100, size=(count, size, size, 3)) + 50 * labels.numpy()[:, None, None, None]
+    return ImageSet(torch.from_numpy(images.astype(np.uint8)), labels, tuple('abcd'))
+
+
+def make_trainer(model='awm_resnet14_cifar', **recipe):
+    torch.manual_seed(0)
+    data = image_set()
+    recipe = Recipe(**{**BASE, **recipe})
+    return Trainer(make_net(model, data, **recipe.model_kwargs), recipe, data, data)
+
+
+def bits(net):
+    state = net.state_dict()
+    return {name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in state.items()}
+
+
+@pytest.mark.parametrize(
+    'recipe',
+    [
+        dict(),
+        dict(opt='adamw', lr=1e-3),
+        dict(opt='muon', lr=1e-2),
+        dict(amp=True),
+        dict(clip_grad=0.5),
+        dict(grad_accum_steps=2, epochs=3, batch_size=4),
+        dict(model_ema=True, model_ema_decay=0.5),
+        dict(grad_checkpointing=True),
+        dict(channels_last=False, sched_on_updates=True),
+    ],
+    ids=str,
+)
+def test_frozen_group_is_unmoved_by_a_bit_and_the_other_moves(recipe):
+    if recipe.get('opt', 'sgd') not in list_optimizers():
+        pytest.skip(f'this timm has no {recipe["opt"]}')
+    trainer = make_trainer(**recipe)
+    modules = dict(trainer.net.named_modules())
+    gates = {f'{m}.{p}' for m in modules if isinstance(modules[m], Gate) for p, _ in modules[m].named_parameters()}
+    parameters = {name for name, _ in trainer.net.named_parameters()}
+    for phase in ('backbone', 'gates', 'backbone'):
+        before = bits(trainer.net)
+        assert trainer.train_epoch()['phase'] == phase
+        after = bits(trainer.net)
+        moved = {name for name in parameters if after[name] != before[name]}
+        assert moved == (gates if phase == 'gates' else parameters - gates)
+
+
+def test_learns_what_can_be_learnt():
+    trainer = make_trainer(epochs=12, alternate_freeze=3, smoothing=0.0)
+    while trainer.position.epoch < trainer.epochs:
+        trainer.train_epoch()
+    assert trainer.evaluate()['top1'] > 90  # the labels' brightness tells them apart
+
+
+def test_gate_epochs_on_top_take_the_schedules_rates_twice():
+    trainer = make_trainer(
+        epochs=4, alternate_freeze=2, alternate_count='extra', sched='multistep', decay_milestones=[3]
+    )
+    assert trainer.epochs == 8
+    lines = [trainer.train_epoch() for _ in range(8)]
+    assert [round(line['lr'], 6) for line in lines] == [0.05] * 4 + [0.005] * 4
+    assert [line['phase'][0] for line in lines] == list('bbggbbgg')
+
+
+def test_recipes_drop_the_rate_where_the_papers_do():
+    for name, drops in (('awm_cifar', (150, 250)), ('awm_densenet_cifar', (150, 225)), ('adaresnet_cifar', (150, 250))):
+        trainer = make_trainer(**{**vars(load_recipe(name)), 'batch_size': 8, 'torchcompile': False, 'pad_crop': 1})
+        rates = []
+        for epoch in range(trainer.epochs):
+            trainer._set_rate(epoch, 0)
+            rates.append(round(trainer.optimizer.param_groups[0]['lr'], 8))
+        assert tuple(i for i in range(1, len(rates)) if rates[i] != rates[i - 1]) == drops
+
+
+def test_weight_decay_of_the_recipes():
+    awm = make_trainer(**{**vars(load_recipe('awm_cifar_short')), 'batch_size': 8, 'torchcompile': False})
+    assert {group['weight_decay'] for group in awm.optimizer.param_groups} == {1e-4}
+    ada = make_trainer(
+        'adaresnet14_cifar', **{**vars(load_recipe('adaresnet_cifar')), 'batch_size': 8, 'torchcompile': False}
+    )
+    scalars = {p for p in ada.net.parameters() if p.ndim == 0}
+    assert len(scalars) == 6
+    for group in ada.optimizer.param_groups:
+        assert group['weight_decay'] == 0 or not scalars & set(group['params'])
+
+
+@pytest.mark.parametrize('recipe', [dict(), dict(model_ema=True, model_kwargs=dict(drop_path_rate=0.2))], ids=str)
+def test_stopped_between_any_two_updates_and_resumed_it_ends_with_the_same_bits(tmp_path, recipe):
+    recipe = {**recipe, 'epochs': 2}
+    whole = make_trainer(**recipe)
+    for _ in range(2):
+        whole.train_epoch()
+    for stop in range(1, 9):
+        first = make_trainer(**recipe)
+
+        def interrupt(images, loss, first=first, stop=stop):
+            if first.position.updates == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with contextlib.suppress(EpochStopped):
+            for _ in range(2):
+                first.train_epoch(interrupt)
+        assert first.position.updates == stop
+        folder = tmp_path / str(stop)
+        folder.mkdir()
+        weights = {'': first.net.state_dict(), **({'ema': first.ema.module.state_dict()} if first.ema else {})}
+        checkpoints.save_checkpoint(folder, weights, first.state_dict(), {})
+
+        torch.manual_seed(stop)  # a new process is anywhere in its random numbers
+        resumed = make_trainer(**recipe)
+        weights, state = checkpoints.read_checkpoint(folder, list(weights))
+        resumed.net.load_state_dict(weights[''])
+        if resumed.ema:
+            resumed.ema.module.load_state_dict(weights['ema'])
+        resumed.load_state_dict(state)
+        while resumed.position.epoch < 2:
+            resumed.train_epoch()
+        assert bits(resumed.net) == bits(whole.net)
+        assert bits(resumed.eval_net) == bits(whole.eval_net)
+
+
+def train_args(folder, *more):
+    options = '--model awm_resnet14_cifar --data digits --epochs 6 --alternate-freeze 1 --batch-size 64 --lr 0.05'
+    return ['train', *options.split(), '--no-torchcompile', '--output', str(folder), '--experiment', 'run', *more]
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(tmp_path):
+    whole = run_seeds_of(tmp_path / 'whole')
+    command = [sys.executable, '-m', 'timm_weighted_skip.cli']
+    folder = tmp_path / 'killed'
+    arguments, kills = train_args(folder), 0
+    while kills < 3:
+        process = subprocess.Popen([*command, *arguments], env=ONE_THREAD, stdout=subprocess.DEVNULL)
+        log, lines = folder / 'run' / 'log.jsonl', 2 * kills + 1
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < lines):
+            time.sleep(0.002)
+        time.sleep(0.03 * kills)  # in the middle of writing, or of the next epoch
+        process.kill()
+        process.wait()
+        kills += 1
+        arguments = ['train', '--resume', str(folder / 'run')]
+    assert main(arguments) == 0
+    ended = load_file(folder / 'run' / 'last.safetensors')
+    expected = load_file(tmp_path / 'whole' / 'run' / 'last.safetensors')
+    assert all(torch.equal(ended[name], expected[name]) for name in expected)
+    result = json.loads((folder / 'run' / 'result.json').read_text())
+    assert result['last'] == whole['last']
+    assert [json.loads(line)['epoch'] for line in (folder / 'run' / 'log.jsonl').open()] == list(range(6))
+
+
+def run_seeds_of(folder):
+    assert main(train_args(folder)) == 0
+    return json.loads((folder / 'run' / 'result.json').read_text())
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, '-m', 'timm_weighted_skip.cli', *train_args(tmp_path, '--epochs', '10000')]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=ONE_THREAD, **pipes)
+    process.stdout.readline()  # the first epoch is over
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f'weighted-skip train --resume {tmp_path / "run"}' in errors
+    assert 'Traceback' not in errors
+    assert checkpoints.read_checkpoint(tmp_path / 'run', [''])[1]['updates'] >= 22
+
+
+def test_files_of_a_run_and_its_evaluation(tmp_path, capsys):
+    arguments = train_args(tmp_path, '--seeds', '0', '1', '--epochs', '2', '--model-ema', '--model-ema-decay', '0.5')
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    accuracies = summary['last']['top1']
+    assert summary['last']['mean'] == pytest.approx(np.mean(accuracies))
+    assert summary['last']['std'] == pytest.approx(np.std(accuracies, ddof=1))
+    folder = tmp_path / 'run' / 'seed1'
+    result = json.loads((folder / 'result.json').read_text())
+    assert result['recipe']['seed'] == 1
+    assert len(result['mapping_units']) == 6
+    assert all(sum(weights) == pytest.approx(1) for weights in result['mapping_units'].values())
+    capsys.readouterr()
+    for target in (folder, folder / 'last.safetensors'):
+        assert main(['eval', str(target), '--data', 'digits']) == 0
+        assert json.loads(capsys.readouterr().out)['top1'] == pytest.approx(result['last']['top1'])
+    assert main(arguments) == 1  # the folder is taken
+    assert '--resume' in capsys.readouterr().err
+    assert main(['train', '--resume', str(tmp_path / 'run')]) == 0  # finished: nothing to do
+
+
+@pytest.mark.parametrize(('model', 'units'), [('resnet14_cifar', 0), ('adaresnet14_cifar', 6)])
+def test_nets_without_gates_are_trained_too(tmp_path, model, units):
+    assert main(train_args(tmp_path, '--model', model, '--alternate-freeze', '0', '--epochs', '1')) == 0
+    result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+    assert len(result['mapping_units'] or ()) == units
+
+
+def test_a_checkpoint_survives_what_befalls_the_next_one(tmp_path, monkeypatch):
+    tensors = {'': {'w': torch.arange(3.0)}}
+    checkpoints.save_checkpoint(tmp_path, tensors, {'updates': 1}, {})
+
+    fsync = os.fsync
+    for failing in (1, 2):  # at the weights, at the state
+        left = [failing]
+
+        def full(file, left=left):
+            left[0] -= 1
+            if not left[0]:
+                raise OSError(28, 'No space left on device')
+            fsync(file)
+
+        monkeypatch.setattr(os, 'fsync', full)
+        with pytest.raises(OSError, match='No space left on device'):
+            checkpoints.save_checkpoint(tmp_path, {'': {'w': torch.zeros(3)}}, {'updates': 2}, {})
+        monkeypatch.undo()
+        weights, state = checkpoints.read_checkpoint(tmp_path, [''])
+        assert state == {'updates': 1}
+        assert torch.equal(weights['']['w'], tensors['']['w'])
+    assert not list(tmp_path.glob('.*'))
+
+
+def test_broken_and_foreign_checkpoints_are_refused(tmp_path, capsys):
+    def refused(match):
+        assert main(['train', '--resume', str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert match in error
+        assert error.count('\n') == 1
+
+    run_seeds_of(tmp_path)
+    folder = tmp_path / 'run'
+    (folder / 'result.json').unlink()
+    state, weights = (next(folder.glob(f'checkpoint-*{suffix}')) for suffix in ('.pth.tar', '.safetensors'))
+    for path in (state, weights):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        refused('is not a whole')
+        path.write_bytes(whole)
+    args = (folder / 'args.yaml').read_text()
+    (folder / 'args.yaml').write_text(args.replace('awm_resnet14_cifar', 'awm_resnet20_cifar'))
+    refused('awm_resnet20_cifar')
+    (folder / 'args.yaml').write_text(args)
+    folder = tmp_path
+    refused('args.yaml')
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, 'evaluate', poison_after(Trainer.evaluate))
+    assert main(train_args(tmp_path)) == 1
+    assert 'the loss is nan in epoch 1; give a smaller --lr' in capsys.readouterr().err
+    weights, state = checkpoints.read_checkpoint(tmp_path / 'run', [''])
+    assert state['epoch'] == 1
+    assert all(w.isfinite().all() for w in weights[''].values())
+
+
+def poison_after(evaluate):
+    def poisoned(trainer):
+        trainer.loss_fn = lambda output, labels: output.sum() * torch.nan
+        return evaluate(trainer)
+
+    return poisoned
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        (['--alternate-freeze', '-1'], 'alternate_freeze=-1'),
+        (['--model', 'resnet14_cifar'], 'no gates'),
+        (['--model', 'awm_resnet15_cifar'], 'awm_resnet15_cifar'),
+        (['--model-kwargs', 'num_classes=3'], 'num_classes of the data is 10'),
+        (['--opt', 'sdg'], "optimizer 'sdg'"),
+        (['--sched', 'sawtooth'], 'sawtooth'),
+        (['--recipe', 'awm_cifra'], 'awm_cifar'),
+        (['--recipe', 'awm_imagenet'], 'timm_weighted_skip.train -c'),
+        (['--batch-size', '2000'], 'smaller --batch-size'),
+        (['--data', 'cifar10'], '--data-dir'),
+        (['--lr', 'nan'], 'lr=nan'),
+        (['--device', 'abacus'], "device 'abacus'"),
+        (['--grad-accum-steps', '99'], 'more than an epoch of 22 batches'),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
+)
+def test_bad_input_is_one_line_and_an_exit_status(tmp_path, capsys, more, message):
+    assert main(train_args(tmp_path, *more)) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+def test_an_unknown_recipe_key_names_its_neighbours(tmp_path):
+    path = tmp_path / 'mine.yaml'
+    path.write_text(yaml.safe_dump({'epochs': 3, 'alternate_freez': 3}))
+    with pytest.raises(ValueError, match=r"'alternate_freez' .* alternate_freeze"):
+        load_recipe(str(path))
+    path.write_text('epochs: [')
+    with pytest.raises(ValueError, match='YAML'):
+        load_recipe(str(path))
+
+
+def test_every_recipe_of_this_trainer_loads():
+    for name in set(list_recipes()) - {'awm_imagenet'}:
+        assert load_recipe(name, epochs=7).epochs == 7
+
+
+def test_two_seeds_differ_and_one_seed_repeats(tmp_path):
+    task = Run('awm_resnet14_cifar', 'digits', recipe=Recipe(**{**BASE, 'epochs': 1, 'batch_size': 64}))
+    nets = [
+        (run_seeds(task, tmp_path / f'{i}', [seed]), load_file(tmp_path / f'{i}' / 'last.safetensors'))[1]
+        for i, seed in enumerate((3, 3, 4))
+    ]
+    assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
+    assert not torch.equal(nets[0]['conv1.weight'], nets[2]['conv1.weight'])

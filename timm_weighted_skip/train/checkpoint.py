@@ -1,0 +1,142 @@
+"""Checkpoints that a kill, a full disk or a foreign file can't spoil.
+
+A checkpoint is a pair of files: `checkpoint-<updates>.safetensors`, the weights, and `checkpoint-<updates>.pth.tar`,
+what else a run needs to go on (optimizer, random state, epoch), which `torch.load(weights_only=True)` reads. Each is
+written beside its place and moved there; the weights come first, so where the second file is, the checkpoint is whole.
+"""
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+
+__all__ = ['link', 'read_checkpoint', 'read_metadata', 'read_weights', 'save_checkpoint', 'write_atomically']
+
+WEIGHTS, STATE = '.safetensors', '.pth.tar'
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there as a whole or, after a failure, as it was before.
+
+    Raises:
+        OSError: It could not be written; what was there still is.
+    """
+    part = path.with_name(f'.{path.name}.part')
+    try:
+        with part.open('wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f'{path} could not be written ({error.strerror}); the files that were there are whole') from None
+
+
+def link(source: Path, name: str) -> None:
+    """Give `source` a second name in its folder, in the place of the file that has it."""
+    part = source.with_name(f'.{name}.part')
+    part.unlink(missing_ok=True)
+    try:
+        os.link(source, part)
+        os.replace(part, source.with_name(name))
+    except OSError:  # a file system without links
+        write_atomically(source.with_name(name), source.read_bytes())
+
+
+def _stems(folder: Path) -> list[tuple[int, Path]]:
+    """(updates, path without ending) of the folder's whole checkpoints, oldest first."""
+    found = [
+        (re.fullmatch(r'checkpoint-(\d+)', path.name.removesuffix(STATE)), path) for path in folder.glob('*' + STATE)
+    ]
+    return sorted((int(m[1]), path.with_name(m[0])) for m, path in found if m)
+
+
+def save_checkpoint(
+    folder: Path,
+    weights: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    metadata: dict[str, str],
+) -> Path:
+    """Write the checkpoint of `state['updates']` updates, then remove the older ones.
+
+    Args:
+        folder: The run's.
+        weights: '' -> the net's state dict; further ones by name, such as 'ema'.
+        state: Tensors, numbers, strings, and lists and dicts of them.
+        metadata: What the weights are of, see `read_metadata`.
+
+    Returns:
+        Path of the net's weights.
+    """
+    stem = f'checkpoint-{state["updates"]}'
+    for name, tensors in weights.items():
+        tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        suffix = f'.{name}{WEIGHTS}' if name else WEIGHTS
+        write_atomically(folder / f'{stem}{suffix}', to_safetensors(tensors, {'format': 'pt', **metadata}))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(folder / f'{stem}{STATE}', buffer.getvalue())
+    for updates, older in _stems(folder):
+        if updates < state['updates']:
+            for path in sorted(folder.glob(f'{older.name}.*')):  # .pth.tar goes first: what is left is no checkpoint
+                path.unlink()
+    return folder / f'{stem}{WEIGHTS}'
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file's state dict.
+
+    Raises:
+        ValueError: It is not whole, or another kind of file.
+        OSError: It is not there.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f'{path} is not a whole safetensors file ({error})') from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of its weights; raises as `read_weights`."""
+    try:
+        with safe_open(path, 'pt') as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f'{path} is not a whole safetensors file ({error})') from None
+
+
+def read_checkpoint(
+    folder: Path, names: list[str]
+) -> Optional[tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]]:
+    """The newest checkpoint of `folder`: weights by name and state, as given to `save_checkpoint`; None without one.
+
+    Raises:
+        ValueError: A file of it is truncated or another kind of file.
+        OSError: A file of it is missing.
+    """
+    stems = _stems(folder)
+    if not stems:
+        return None
+    stem = stems[-1][1]
+    weights = {
+        name: read_weights(stem.with_name(f'{stem.name}.{name}{WEIGHTS}' if name else stem.name + WEIGHTS))
+        for name in names
+    }
+    path = stem.with_name(stem.name + STATE)
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        if not isinstance(state, dict) or 'updates' not in state:
+            raise ValueError('it holds no training state')
+    except OSError:
+        raise
+    except Exception as error:  # torch raises whatever the broken part of the file leads to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f'{path} is not a whole checkpoint of this trainer ({reason})') from None
+    return weights, state

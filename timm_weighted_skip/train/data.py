@@ -1,0 +1,232 @@
+"""Image sets held in memory, and their batches, augmented on the device.
+
+Shapes: N images, B of a batch, H x W pixels, C channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+
+__all__ = ['SETS', 'Batches', 'ImageSet', 'load_image_set', 'mix_seed']
+
+SETS = ('cifar10', 'cifar100', 'mnist', 'digits', 'folder')
+FOLDERS = {'train': ('train',), 'test': ('validation', 'val', 'test')}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one size with their labels.
+
+    Attributes:
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,), counted from 0.
+        classes: Names of the classes in the labels' order.
+
+    Raises:
+        ValueError: There are no images, or labels that do not fit images or classes.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+            raise ValueError(f'images are {_describe(self.images)}; they must be uint8 of shape (N, H, W[, C])')
+        if not len(self.images):
+            raise ValueError('the data set is empty; it must hold at least one image')
+        if self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f'{len(self.images)} images with labels of shape {tuple(self.labels.shape)}')
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= len(self.classes):
+            raise ValueError(f'labels {low} to {high} with {len(self.classes)} classes; they must be counted from 0')
+
+
+def _describe(array: Any) -> str:
+    return f'{str(array.dtype).removeprefix("torch.")} of shape {tuple(array.shape)}'
+
+
+def _image_set(images: Any, labels: Any, classes: Any = None) -> ImageSet:
+    images, labels = torch.from_numpy(np.asarray(images)), torch.from_numpy(np.asarray(labels)).long()
+    if images.ndim == 3:
+        images = images[..., None]
+    if classes is None:
+        classes = range(int(labels.max()) + 1 if len(labels) else 0)
+    return ImageSet(images, labels, tuple(map(str, classes)))
+
+
+def _load_npz(path: Path) -> ImageSet:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {'images', 'labels'} <= set(arrays):
+                raise ValueError(f'it holds {sorted(arrays)}; images and labels are needed, classes may be')
+            return _image_set(arrays['images'], arrays['labels'], arrays.get('classes'))
+    except Exception as error:  # numpy raises whatever the broken part of the file leads to
+        raise ValueError(f'{path} is not a readable image set: {error}') from None
+
+
+def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> ImageSet:
+    from torchvision import datasets
+
+    cls = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100, 'mnist': datasets.MNIST}[name]
+    try:
+        data = cls(str(root), train=train, download=download)
+    except RuntimeError as error:
+        raise OSError(
+            f"no {name} in {root}: neither {name}_train.npz nor torchvision's files, which --download fetches ({error})"
+        ) from None
+    return _image_set(data.data, data.targets, data.classes)
+
+
+def _load_folder(root: Path, train: bool) -> ImageSet:
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+
+    names = FOLDERS['train' if train else 'test']
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise OSError(f'{root} has no folder {" or ".join(names)} of one folder of images per class')
+    try:
+        data = ImageFolder(str(folder))
+        arrays = [np.asarray(data.loader(path)) for path, _ in data.samples]
+    except (FileNotFoundError, Image.UnidentifiedImageError) as error:
+        raise OSError(f'{folder} is not a readable image folder: {error}') from None
+    sizes = sorted({array.shape[:2] for array in arrays})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{folder} holds images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[-1]}; this trainer's sets are "
+            "of one size, timm's train.py takes any: python -m timm_weighted_skip.train"
+        )
+    return _image_set(np.stack(arrays), data.targets, data.classes)
+
+
+def _load_digits(train: bool) -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    part = slice(0, 1437) if train else slice(1437, None)  # as in scikit-learn's example, the last fifth is the test
+    images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)
+    return _image_set(images, digits.target[part], digits.target_names)
+
+
+def load_image_set(
+    data: str, train: bool, data_dir: Optional[Union[str, Path]] = None, download: bool = False
+) -> ImageSet:
+    """Load a whole image set into memory.
+
+    Args:
+        data: 'digits', scikit-learn's, needs no folder; 'folder', `data_dir/{train,validation}/<class>/<image>`; any
+            other name NAME, `data_dir/NAME_{train,test}.npz` with `images`, `labels` and perhaps `classes`; and if
+            there is none, torchvision's 'cifar10', 'cifar100' or 'mnist' in `data_dir`.
+        train: The training split, else the test split.
+        data_dir: The data's folder.
+        download: Let torchvision fetch the set into `data_dir`.
+
+    Raises:
+        ValueError: The name is unknown, or what was read is no image set.
+        OSError: There is nothing to read.
+    """
+    if data == 'digits':
+        return _load_digits(train)
+    if data_dir is None:
+        raise ValueError(f'--data {data} needs --data-dir, the folder of its files')
+    root = Path(data_dir)
+    if data == 'folder':
+        return _load_folder(root, train)
+    npz = root / f'{data}_{"train" if train else "test"}.npz'
+    if npz.exists():
+        return _load_npz(npz)
+    if data in ('cifar10', 'cifar100', 'mnist'):
+        return _load_torchvision(data, train, root, download)
+    raise ValueError(f'--data {data!r} is unknown and {npz} is not there; choose one of {", ".join(SETS)}')
+
+
+def mix_seed(seed: int, epoch: int) -> int:
+    """A seed of its own for every epoch of every run, in the 32 bits that torch's CPU generator takes of one."""
+    return (seed * 1_000_003 + epoch) % 2**32
+
+
+class Batches:
+    """Batches of an image set on the device, normalised: `(x, labels)` with x float32 (B, C, H, W).
+
+    Padding, cropping, flipping and normalising are those of torchvision's `RandomCrop(H, padding)`,
+    `RandomHorizontalFlip`, `ToTensor` and `Normalize`, for the whole batch in one gather. What is drawn depends on
+    seed and epoch alone, so an epoch can be taken up at any batch.
+
+    Args:
+        data: The images.
+        batch_size: B.
+        mean, std: Per channel, of pixels in [0, 1].
+        device: Where images and batches live.
+        pad_crop: Pixels of black that are added at each side before cropping back to H x W.
+        hflip: Probability of mirroring left to right.
+        channels_last: Memory layout of x.
+
+    Raises:
+        ValueError: Means do not fit the channels, or a batch has more images than there are.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        batch_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        device: Union[str, torch.device] = 'cpu',
+        pad_crop: int = 0,
+        hflip: float = 0.0,
+        channels_last: bool = False,
+    ) -> None:
+        _, self.height, self.width, channels = data.images.shape
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f'{len(mean)} means and {len(std)} deviations for images of {channels} channels')
+        self.batch_size, self.pad_crop, self.hflip, self.channels_last = batch_size, pad_crop, hflip, channels_last
+        padding = (0, 0, pad_crop, pad_crop, pad_crop, pad_crop)
+        self.images = torch.nn.functional.pad(data.images, padding).to(device)
+        self.labels = data.labels.to(device)
+        self.classes = data.classes
+        deviation = torch.tensor(std, dtype=torch.float64)
+        self.scale = (1 / (255 * deviation)).float().to(device)
+        self.shift = (-torch.tensor(mean, dtype=torch.float64) / deviation).float().to(device)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def _take(self, index, top, left, flip) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.images.device
+        rows = top[:, None] + torch.arange(self.height, device=device)  # (B, H)
+        columns = torch.arange(self.width, device=device)
+        columns = left[:, None] + torch.where(flip[:, None], self.width - 1 - columns, columns)  # (B, W)
+        x = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
+        x = (x.float().mul_(self.scale).add_(self.shift)).permute(0, 3, 1, 2)  # (B, C, H, W)
+        return x if self.channels_last else x.contiguous(), self.labels[index]
+
+    def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every image once, as it is; the last batch may be smaller."""
+        for index in torch.arange(len(self), device=self.images.device).split(self.batch_size):
+            centre = torch.full_like(index, self.pad_crop)
+            yield self._take(index, centre, centre, torch.zeros_like(index, dtype=torch.bool))
+
+    def shuffled(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The epoch's whole batches from number `start` on, shuffled and augmented; the few images over are left out.
+
+        Raises:
+            ValueError: A batch has more images than there are.
+        """
+        if self.batch_size > len(self):
+            raise ValueError(f'a batch of {self.batch_size} from {len(self)} images; give a smaller --batch-size')
+        generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
+        drawn = (
+            torch.randperm(len(self), generator=generator),
+            *torch.randint(2 * self.pad_crop + 1, (2, len(self)), generator=generator),
+            torch.rand(len(self), generator=generator) < self.hflip,
+        )
+        batches = zip(*(values.to(self.images.device).split(self.batch_size) for values in drawn))
+        for number, batch in enumerate(batches):
+            if number >= start and len(batch[0]) == self.batch_size:
+                yield self._take(*batch)

@@ -1,0 +1,192 @@
+"""What a training run is asked to do: one set of names for recipes (YAML), the command line and Python.
+
+The names are those of timm's train.py, so that a recipe is also a file for its `-c`.
+"""
+
+# ruff: noqa: RUF009  the functions called in the dataclass return fields
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+from timm.utils import ParseKwargs
+
+from timm_weighted_skip.layers import check_choice, check_count
+
+__all__ = ['Recipe', 'add_recipe_arguments', 'list_recipes', 'load_recipe', 'read_yaml', 'recipe_path']
+
+
+def _option(default: Any, text: str, kind: Callable = str, metavar: str = 'X', **arguments: Any) -> Any:
+    """A field with what argparse needs to know of it."""
+    metadata = {'help': text, 'type': kind, 'metavar': metavar, **arguments}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _switch(default: Optional[bool], text: str) -> Any:
+    return field(default=default, metadata={'help': text, 'action': argparse.BooleanOptionalAction})
+
+
+def _flag(text: str) -> Any:
+    return field(default=False, metadata={'help': text, 'action': 'store_true'})
+
+
+def _kwargs(text: str) -> Any:
+    metadata = {'help': text, 'nargs': '*', 'action': ParseKwargs, 'metavar': 'NAME=VALUE'}
+    return field(default_factory=dict, metadata=metadata)
+
+
+@dataclass
+class Recipe:
+    """How a net is trained. A switch that is None is chosen for the device.
+
+    Raises:
+        ValueError: A value is not allowed.
+    """
+
+    epochs: int = _option(300, 'epochs of the schedule', int, 'N')
+    batch_size: int = _option(128, 'images per batch', int, 'N')
+    grad_accum_steps: int = _option(1, 'batches per update', int, 'N')
+    seed: int = _option(42, 'random seed', int, 'S')
+    model_kwargs: dict[str, Any] = _kwargs('further arguments of the model, such as hidden=32')
+
+    alternate_freeze: int = _option(0, 'epochs per phase of alternating training; 0 trains all together', int, 'T')
+    alternate_count: Literal['total', 'extra'] = _option(
+        'total', "'total': --epochs contains both phases; 'extra': gate epochs come on top"
+    )
+    alternate_rule: Literal['strict', 'released'] = _option(
+        'strict', "'strict' freezes the whole backbone, 'released' its weights only"
+    )
+    alternate_bn_stats: bool = _flag('keep running statistics in gate phases')
+
+    opt: str = _option('sgd', "optimizer, one of timm's", str, 'NAME')
+    lr: float = _option(0.1, 'learning rate', float, 'LR')
+    momentum: float = _option(0.9, 'momentum', float, 'M')
+    weight_decay: float = _option(2e-5, 'weight decay', float)
+    opt_eps: Optional[float] = _option(None, "the optimizer's epsilon", float)
+    opt_betas: Optional[list[float]] = _option(None, "the optimizer's betas", float, nargs='+')
+    opt_kwargs: dict[str, Any] = _kwargs('further arguments of the optimizer, such as filter_bias_and_bn=False')
+    clip_grad: Optional[float] = _option(None, 'largest norm of the gradient', float, 'NORM')
+    clip_mode: str = _option('norm', "'norm', 'value' or 'agc'")
+
+    sched: str = _option('cosine', "learning rate schedule, one of timm's", str, 'NAME')
+    sched_on_updates: bool = _flag('move the schedule at every update instead of every epoch')
+    min_lr: float = _option(0.0, 'lowest learning rate', float, 'LR')
+    warmup_epochs: int = _option(0, 'epochs of warm-up', int, 'N')
+    warmup_lr: float = _option(1e-5, 'where the warm-up starts', float, 'LR')
+    cooldown_epochs: int = _option(0, 'epochs at the lowest rate after the schedule', int, 'N')
+    decay_epochs: float = _option(90, "epochs between drops ('step')", float, 'N')
+    decay_milestones: list[int] = _option([90, 180, 270], "the drops' epochs + 1 ('multistep')", int, 'N', nargs='+')
+    decay_rate: float = _option(0.1, 'factor of a drop', float)
+
+    pad_crop: int = _option(0, 'black pixels at each side before a random crop', int, 'N')
+    hflip: float = _option(0.5, 'probability of mirroring', float, 'P')
+    no_aug: bool = _flag('images as they are, whatever --pad-crop and --hflip say')
+    mean: Optional[list[float]] = _option(None, "pixel mean per channel (the model's)", float, nargs='+')
+    std: Optional[list[float]] = _option(None, "pixel deviation per channel (the model's)", float, nargs='+')
+    smoothing: float = _option(0.1, 'label smoothing', float)
+
+    model_ema: bool = _flag('keep a moving average of the weights and measure that')
+    model_ema_decay: float = _option(0.9998, 'its decay', float)
+    model_ema_warmup: bool = _flag('start with a smaller decay')
+
+    grad_checkpointing: bool = _flag('compute activations twice to keep fewer')
+    amp: Optional[bool] = _switch(None, 'bfloat16 autocast (on CUDA)')
+    channels_last: Optional[bool] = _switch(None, 'channels-last memory layout (always)')
+    torchcompile: Optional[bool] = _switch(None, 'torch.compile (where the run is long enough to win)')
+    torchcompile_mode: Optional[str] = _option(None, "torch.compile's mode, such as reduce-overhead", str, 'MODE')
+
+    def __post_init__(self) -> None:
+        for name in ('epochs', 'batch_size', 'grad_accum_steps'):
+            check_count(name, getattr(self, name))
+        for name in ('seed', 'alternate_freeze', 'pad_crop', 'warmup_epochs', 'cooldown_epochs'):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f'{name}={value!r} is not allowed; give a whole number of 0 or more')
+        for name in ('lr', 'momentum', 'weight_decay', 'min_lr', 'warmup_lr', 'decay_rate', 'model_ema_decay'):
+            value = self._as_number(name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f'{name}={value!r} is not allowed; give a finite number of 0 or more')
+        for name in ('hflip', 'smoothing'):
+            if not 0 <= self._as_number(name) <= 1:
+                raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give a number from 0 to 1')
+        check_choice('clip_mode', self.clip_mode, ('norm', 'value', 'agc'))
+        if self.sched == 'plateau':
+            raise ValueError("sched='plateau' depends on measured accuracies; choose a schedule that depends on epochs")
+
+    def _as_number(self, name: str) -> float:
+        value = getattr(self, name)
+        try:
+            setattr(self, name, float(value))  # YAML reads 1e-3, without a point, as a string
+        except (TypeError, ValueError):
+            raise ValueError(f'{name}={value!r} is not a number') from None
+        return getattr(self, name)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """An option for every field of `Recipe`; those that are not given are absent from the parsed arguments."""
+    group = parser.add_argument_group('recipe', 'what the recipe says, overridden')
+    for option in fields(Recipe):
+        arguments = dict(option.metadata)
+        if arguments.get('action') == 'store_true':
+            arguments.pop('metavar', None)
+        group.add_argument(f'--{option.name.replace("_", "-")}', default=argparse.SUPPRESS, **arguments)
+
+
+def list_recipes() -> list[str]:
+    """Names of the package's recipes."""
+    folder = files('timm_weighted_skip.train') / 'recipes'
+    return sorted(path.name.removesuffix('.yaml') for path in folder.iterdir() if path.name.endswith('.yaml'))
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of one of the package's recipes by its name; another value is taken as a path.
+
+    Raises:
+        ValueError: There is no such recipe.
+    """
+    if recipe in list_recipes():
+        return Path(str(files('timm_weighted_skip.train') / 'recipes' / f'{recipe}.yaml'))
+    if not Path(recipe).is_file():
+        raise ValueError(f'no recipe {recipe!r}; give a YAML file or one of {", ".join(list_recipes())}')
+    return Path(recipe)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of names and values.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'{path} is not readable YAML: {" ".join(str(error).split())}') from None
+    if not isinstance(values, dict):
+        raise ValueError(f'{path} holds no names with values')
+    return values
+
+
+def load_recipe(recipe: Optional[str] = None, **overrides: Any) -> Recipe:
+    """The recipe of a name or a YAML file, with some values overridden.
+
+    Raises:
+        ValueError: There is no such recipe, or a name or a value in it is not allowed.
+    """
+    values = read_yaml(recipe_path(recipe)) if recipe else {}
+    known = [option.name for option in fields(Recipe)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 3) or known
+            raise ValueError(
+                f'recipe {recipe}: {name!r} is no argument of this trainer (of its names are near: {", ".join(near)}); '
+                "a recipe for timm's train.py runs with: python -m timm_weighted_skip.train -c FILE"
+            )
+    return Recipe(**{**values, **overrides})

@@ -1,0 +1,366 @@
+"""A training run in its folder: args.yaml, log.jsonl, checkpoints, result.json.
+
+`last.safetensors` and `model_best.safetensors` are the weights to use, of the last epoch and of the epoch with the best
+test accuracy (which a paper should not report); their metadata names the net. With a moving average they are its.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional
+
+import timm
+import torch
+import yaml
+from timm.utils import random_seed
+from torch import nn
+from tqdm import tqdm
+
+import timm_weighted_skip
+from timm_weighted_skip.train.checkpoint import (
+    link,
+    read_checkpoint,
+    read_metadata,
+    read_weights,
+    save_checkpoint,
+    write_atomically,
+)
+from timm_weighted_skip.train.data import Batches, ImageSet, load_image_set
+from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml
+from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, normalisation
+
+__all__ = ['Run', 'describe', 'evaluate_saved', 'read_run', 'run', 'run_seeds', 'summary', 'task_of']
+
+ARGS, LOG, RESULT = 'args.yaml', 'log.jsonl', 'result.json'
+Analysis = Callable[[nn.Module, Iterable[torch.Tensor]], Any]
+
+
+@dataclass
+class Run:
+    """Which net a run trains, on what, by which recipe; see `load_image_set` for the data's arguments."""
+
+    model: str
+    data: str
+    data_dir: Optional[str] = None
+    download: bool = False
+    pretrained: bool = False
+    device: str = 'cpu'
+    recipe_name: Optional[str] = None
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+def read_run(folder: Path) -> tuple[Run, list[int]]:
+    """The run and the seeds that a folder was made for.
+
+    Raises:
+        ValueError: It is not a run's folder.
+    """
+    path = folder / ARGS
+    if not path.is_file():
+        raise ValueError(f'{folder} has no {ARGS}; give the folder of a run of this trainer')
+    values = read_yaml(path)
+    try:
+        seeds, recipe = values.pop('seeds'), Recipe(**values.pop('recipe'))
+        return Run(**values, recipe=recipe), seeds
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not this trainer's ({error})") from None
+
+
+def task_of(args: argparse.Namespace) -> tuple[Run, list[int], Path]:
+    """The run, seeds and folder that `weighted-skip train` was asked for."""
+    if args.data is None:
+        raise ValueError('--data is missing: the images to train on, such as cifar10 with --data-dir, or digits')
+    given = {option.name: getattr(args, option.name) for option in fields(Recipe) if hasattr(args, option.name)}
+    recipe = load_recipe(args.recipe, **given)
+    name = Path(args.recipe).stem if args.recipe else None
+    task = Run(args.model, args.data, args.data_dir, args.download, args.pretrained, args.device, name, recipe)
+    experiment = args.experiment or '-'.join(filter(None, (args.model, args.data, name)))
+    return task, args.seeds or [recipe.seed], Path(args.output) / experiment
+
+
+def describe(result: dict, folder: Path) -> str:
+    """What `run_seeds` found, in a line or two."""
+    if 'seeds' in result:
+        lines = [
+            f'{name} epoch: {result[name]["mean"]:.2f} +- {result[name]["std"]:.2f} % ({len(result["seeds"])} seeds)'
+            for name in ('last', 'best')
+        ]
+    else:
+        best = f'{result["best"]["top1"]:.2f} % (epoch {result["best"]["epoch"] + 1})'
+        lines = [f'last epoch: {result["last"]["top1"]:.2f} %', f'best epoch: {best}']
+    return f'{result["model"]}, test accuracy of the ' + ', of the '.join(lines) + f'; written to {folder}'
+
+
+def run_seeds(
+    task: Run, folder: Path, seeds: list[int], resume: bool = False, analysis: Optional[Analysis] = None
+) -> dict:
+    """`run` for one seed in `folder`, for several in a folder each below it; returns `run`'s result or a summary."""
+    if (folder / ARGS).exists() and not resume:
+        raise ValueError(f'{folder} holds a run; go on with it by --resume {folder}, or give another --experiment')
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / ARGS, yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False).encode())
+    results = []
+    try:
+        for seed in seeds:
+            task.recipe.seed = seed
+            of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
+            of_seed.mkdir(exist_ok=True)
+            results.append(run(task, of_seed, analysis))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f'stopped; go on with: weighted-skip train --resume {folder}') from None
+    if len(seeds) == 1:
+        return results[0]
+    result = summary(results)
+    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    return result
+
+
+def summary(results: list[dict]) -> dict:
+    """Mean and standard deviation (n - 1) of the last epochs' and of the best epochs' accuracies of several runs."""
+    accuracies = {'last': [r['last']['top1'] for r in results], 'best': [r['best']['top1'] for r in results]}
+    return {
+        'model': results[0]['model'],
+        'data': results[0]['data'],
+        'recipe_name': results[0]['recipe_name'],
+        'seeds': [r['recipe']['seed'] for r in results],
+        **{
+            name: {'top1': values, 'mean': statistics.fmean(values), 'std': statistics.stdev(values)}
+            for name, values in accuracies.items()
+        },
+    }
+
+
+def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
+    """Train, from the folder's newest checkpoint if it has one, and write everything down there.
+
+    Args:
+        task: What to do.
+        folder: Exists.
+        analysis: Called with the trained net and an iterable of all test images in normalised batches; what it
+            returns becomes the result's 'mapping_units', unless it raises a `ValueError`, as for plain nets.
+
+    Returns:
+        What result.json holds; that of an earlier call if the run is finished.
+
+    Raises:
+        ValueError: Something is wrong with the data, the recipe or the folder's files, or the loss became infinite.
+        KeyboardInterrupt: The run was stopped; its state is saved.
+    """
+    if (folder / RESULT).exists():
+        return json.loads((folder / RESULT).read_text())
+    recipe = task.recipe
+    train = load_image_set(task.data, True, task.data_dir, task.download)
+    test = load_image_set(task.data, False, task.data_dir, task.download)
+    if train.classes != test.classes:
+        raise ValueError(f'{len(train.classes)} classes to train and {len(test.classes)} to test, or in another order')
+    random_seed(recipe.seed)
+    net = make_net(task.model, train, task.pretrained, **recipe.model_kwargs)
+    trainer = Trainer(net, recipe, train, test, task.device)
+    book = _resume(task, folder, trainer)
+    with tqdm(
+        total=trainer.epochs * trainer.updates_per_epoch * recipe.grad_accum_steps * recipe.batch_size,
+        initial=trainer.position.updates * recipe.grad_accum_steps * recipe.batch_size,
+        unit=' images',
+        unit_scale=True,
+        disable=None,
+        smoothing=0.05,
+    ) as bar:
+        try:
+            while trainer.position.epoch < trainer.epochs:
+                _epoch(task, folder, trainer, book, bar)
+        except EpochStopped:
+            _save(task, folder, trainer, book)
+            raise KeyboardInterrupt from None
+    return _finish(task, folder, trainer, book, analysis)
+
+
+def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar: tqdm) -> None:
+    """Train and measure one epoch, write its line and its checkpoint."""
+    number = trainer.position.epoch
+    bar.set_description(f'epoch {number + 1}/{trainer.epochs} {trainer.freezing.phase(number)}')
+
+    def progress(images: int, loss: Optional[float]) -> None:
+        if loss is not None:
+            bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
+        bar.update(images)
+
+    started = time.perf_counter()
+    try:
+        trained = trainer.train_epoch(progress)
+        measured = trainer.evaluate()
+    finally:
+        book['wall_time'] += time.perf_counter() - started
+    images, seconds = trained.pop('images'), trained.pop('seconds')
+    speed = round(images / seconds, 1) if images else None
+    line = {'epoch': number, **trained, 'images_per_second': speed, **{f'test_{k}': v for k, v in measured.items()}}
+    book['log'].append(line)
+    if 'best' not in book or measured['top1'] > book['best']['top1']:
+        book['best'] = {'epoch': number, **measured}
+    book['last'] = {'epoch': number, **measured}
+    # The line comes before the checkpoint: a run that is killed between them drops it and trains the epoch again.
+    write_atomically(folder / LOG, ''.join(json.dumps(each) + '\n' for each in book['log']).encode())
+    _save(task, folder, trainer, book)
+    bar.write(
+        f'epoch {number + 1}/{trainer.epochs} {trained["phase"]}: lr {trained["lr"]:.4g}, loss {trained["loss"]:.4f}, '
+        f'test loss {measured["loss"]:.4f}, top1 {measured["top1"]:.2f} %, {speed} images/s'
+    )
+
+
+def _metadata(task: Run, trainer: Trainer) -> dict[str, str]:
+    """What the weights are of, as safetensors wants it: strings."""
+    values = {
+        'model': task.model,
+        'model_kwargs': task.recipe.model_kwargs,
+        'classes': trainer.test_batches.classes,
+        'mean': trainer.mean,
+        'std': trainer.std,
+        'epochs': trainer.position.epoch,
+        'timm_weighted_skip': timm_weighted_skip.__version__,
+    }
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+
+def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
+    weights = {'': trainer.net.state_dict()}
+    if trainer.ema:
+        weights['ema'] = trainer.ema.module.state_dict()
+    kept = {name: book[name] for name in ('wall_time', 'best', 'last') if name in book}
+    state = {**trainer.state_dict(), 'book': kept, 'model': task.model, 'recipe': asdict(task.recipe)}
+    path = save_checkpoint(folder, weights, state, _metadata(task, trainer))
+    path = path.with_name(f'{path.stem}.ema.safetensors') if trainer.ema else path
+    link(path, 'last.safetensors')
+    if 'best' in book and book['best']['epoch'] == trainer.position.epoch - 1 and not trainer.position.batch:
+        link(path, 'model_best.safetensors')
+
+
+def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """Bring `trainer` to the folder's newest checkpoint, if there is one; returns the run's bookkeeping."""
+    book: dict[str, Any] = {'log': [], 'wall_time': 0.0}
+    checkpoint = read_checkpoint(folder, ['', 'ema'] if trainer.ema else [''])
+    if checkpoint is None:
+        return book
+    weights, state = checkpoint
+    if (state['model'], state['recipe']) != (task.model, asdict(task.recipe)):
+        raise ValueError(
+            f'the checkpoint in {folder} is of {state["model"]} with another recipe or model than {task.model}; '
+            'resume a run in its own folder'
+        )
+    try:
+        trainer.net.load_state_dict(weights[''])
+        if trainer.ema:
+            trainer.ema.module.load_state_dict(weights['ema'])
+        trainer.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f'the checkpoint in {folder} does not fit {task.model}: {str(error).splitlines()[0]}'
+        ) from None
+    book.update(state['book'])
+    if (folder / LOG).exists():
+        lines = map(json.loads, (folder / LOG).read_text().splitlines())
+        book['log'] = [line for line in lines if line['epoch'] < trainer.position.epoch]
+    return book
+
+
+def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], analysis: Optional[Analysis]) -> dict:
+    speeds = [line['images_per_second'] for line in book['log'] if line['images_per_second']]
+    result = {
+        'model': task.model,
+        'data': task.data,
+        'recipe_name': task.recipe_name,
+        'last': book['last'],
+        'best': book['best'],
+        'mapping_units': None,
+        'parameters': sum(p.numel() for p in trainer.net.parameters()),
+        'epochs': trainer.epochs,
+        'wall_time': round(book['wall_time'], 1),
+        'images_per_second': round(statistics.fmean(speeds), 1) if speeds else None,
+        'recipe': asdict(task.recipe),
+        'mean': trainer.mean,
+        'std': trainer.std,
+        'device': torch.cuda.get_device_name() if trainer.device.type == 'cuda' else platform.processor() or 'cpu',
+        'threads': torch.get_num_threads(),
+        'compiled': bool(trainer.compiled),
+        'amp': bool(trainer.amp),
+        'versions': {
+            'timm_weighted_skip': timm_weighted_skip.__version__,
+            'timm': timm.__version__,
+            'torch': torch.__version__,
+            'python': platform.python_version(),
+        },
+        'commit': _commit(),
+    }
+    if analysis is not None:
+        with suppress(ValueError):  # a plain net has no weights to tell of
+            images_in_order = (x for x, _ in trainer.test_batches.in_order())
+            result['mapping_units'] = analysis(trainer.eval_net.eval(), images_in_order)
+    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    return result
+
+
+def _commit() -> Optional[str]:
+    """The commit of the checkout that the package runs from, '+' if it was changed since; None for an installed one."""
+    where = Path(timm_weighted_skip.__file__).parent
+    try:
+        git = ['git', '-C', str(where), 'describe', '--always', '--abbrev=40', '--dirty=+', '--exclude=*']
+        tracked = subprocess.run(
+            ['git', '-C', str(where), 'ls-files', '--error-unmatch', '__init__.py'], capture_output=True
+        )
+        described = subprocess.run(git, capture_output=True, text=True)
+    except OSError:
+        return None
+    return described.stdout.strip() if tracked.returncode == described.returncode == 0 else None
+
+
+def evaluate_saved(
+    target: str, data: ImageSet, batch_size: int = 256, device: str = 'cpu', amp: bool = False
+) -> dict[str, Any]:
+    """Loss and accuracies of trained weights on a set of images.
+
+    Args:
+        target: A run's folder, a safetensors file that this trainer wrote, or the name of a timm model with weights.
+        data: The images.
+        batch_size: Images per batch.
+        device: Where to run.
+        amp: bfloat16 autocast.
+
+    Raises:
+        ValueError: The weights are of another number of classes or channels, or say not what they are of.
+    """
+    check_device(device)
+    path = Path(target)
+    if path.is_dir():
+        path = path / 'last.safetensors'
+    if path.is_file():
+        metadata = read_metadata(path)
+        if 'model' not in metadata:
+            raise ValueError(f'{path} does not say which model it is of; give a file that weighted-skip train wrote')
+        model, classes = metadata['model'], json.loads(metadata['classes'])
+        if len(classes) != len(data.classes):
+            raise ValueError(f'{path} knows {len(classes)} classes, the data has {len(data.classes)}')
+        net = make_net(model, data, **json.loads(metadata['model_kwargs']))
+        try:
+            net.load_state_dict(read_weights(path))
+        except RuntimeError as error:
+            raise ValueError(f'{path} does not fit {model}: {str(error).splitlines()[0]}') from None
+        mean, std = json.loads(metadata['mean']), json.loads(metadata['std'])
+    elif path.suffix:
+        raise OSError(f'{path} is not there')
+    else:
+        try:
+            net = timm.create_model(target, pretrained=True)
+        except RuntimeError as error:
+            raise ValueError(f'model {target!r}: {error}') from None
+        model = target
+        if net.num_classes != len(data.classes):
+            raise ValueError(f'{target} knows {net.num_classes} classes, the data has {len(data.classes)}')
+        mean, std = normalisation(Recipe(), net, data)
+    batches = Batches(data, batch_size, tuple(mean), tuple(std), device, channels_last=True)
+    net = net.to(device).to(memory_format=torch.channels_last)
+    return {'model': model, 'images': len(data.labels), **evaluate(net, batches, amp)}

@@ -1,0 +1,340 @@
+"""Training of one net on an image set held in memory, on one device."""
+
+import ctypes
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Optional
+
+import timm
+import torch
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from timm_weighted_skip.train.data import Batches, ImageSet, mix_seed
+from timm_weighted_skip.train.freezing import AlternateFreezing
+from timm_weighted_skip.train.recipe import Recipe
+
+__all__ = ['EpochStopped', 'Trainer', 'check_device', 'evaluate', 'make_net', 'normalisation']
+
+# Images that a run must process for torch.compile to win back on a CPU the minutes that it takes to compile.
+IMAGES_WORTH_COMPILING = 500_000
+
+
+class EpochStopped(Exception):
+    """An epoch was stopped by a signal, between two updates."""
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: torch has none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f'device {device!r} is not to be had ({str(error).splitlines()[0]}); give cpu or cuda'
+        ) from None
+
+
+def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwargs: Any) -> nn.Module:
+    """timm's net of that name for the images and classes of `data`.
+
+    Raises:
+        ValueError: timm can't make it.
+    """
+    shape: dict[str, Any] = {'num_classes': len(data.classes), 'in_chans': data.images.shape[3]}
+    for name, value in shape.items():
+        if model_kwargs.pop(name, value) != value:
+            raise ValueError(f'{name} of the data is {value}; do not give another')
+    try:
+        return timm.create_model(model, pretrained=pretrained, **shape, **model_kwargs)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'model {model!r}: {error}') from None
+
+
+def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and deviation: the recipe's, else the net's, else (of other channels) those of the images."""
+    channels = data.images.shape[3]
+    config: Any = net.pretrained_cfg
+    mean, std = recipe.mean or config['mean'], recipe.std or config['std']
+    if len(mean) != channels and not recipe.mean:
+        pixels = data.images.double() / 255
+        mean, std = pixels.mean((0, 1, 2)).tolist(), pixels.std((0, 1, 2)).tolist()
+    return tuple(mean), tuple(std)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Batches, amp: bool = False, net: Optional[nn.Module] = None
+) -> dict[str, float]:
+    """Loss and accuracies in % over all images.
+
+    Args:
+        model: Called in eval mode.
+        batches: The images.
+        amp: bfloat16 autocast.
+        net: What to call for a batch of another size than the others, where `model` is compiled for one.
+    """
+    model.eval()
+    loss = correct = correct5 = torch.zeros((), dtype=torch.float64, device=batches.labels.device)
+    for x, labels in batches.in_order():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            output = (model if len(x) == batches.batch_size else net or model)(x)
+        output = output.float()
+        loss = loss + cross_entropy(output, labels, reduction='sum')
+        hits = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+        correct, correct5 = correct + hits[:, 0].sum(), correct5 + hits.sum()
+    count = len(batches)
+    return {'loss': float(loss) / count, 'top1': 100 * float(correct) / count, 'top5': 100 * float(correct5) / count}
+
+
+def _compiles(device: torch.device, images: int) -> bool:
+    """Whether torch.compile has the compiler it needs and would win back its time."""
+    if device.type == 'cpu':
+        return images >= IMAGES_WORTH_COMPILING and any(map(shutil.which, ('g++', 'c++', 'clang++')))
+    return device.type == 'cuda'
+
+
+def _keep_memory() -> None:
+    """Have glibc reuse the memory of activations instead of giving it back to the system at every step."""
+    if sys.platform == 'linux':
+        with suppress(AttributeError, OSError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD at its largest
+            libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within, SIGINT and SIGTERM only set what the yielded function tells; a second one is as usual."""
+    stopped = []
+    previous: dict[signal.Signals, Any] = {}
+
+    def stop(number, frame) -> None:
+        stopped.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    with suppress(ValueError):  # not in the main thread: no handlers
+        for each in (signal.SIGINT, signal.SIGTERM):
+            previous[each] = signal.signal(each, stop)
+    try:
+        yield lambda: bool(stopped)
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+@dataclass
+class Position:
+    """Where a run is: before batch `batch` of epoch `epoch`; `loss` is the sum over its earlier batches."""
+
+    epoch: int = 0
+    batch: int = 0
+    updates: int = 0
+    loss: float = 0.0
+
+
+class Trainer:
+    """Trains a net by a recipe; same seed, same machine, same bits, however often it is stopped and resumed.
+
+    What is drawn in an epoch depends on seed and epoch alone: batches are drawn by `Batches.shuffled`, and torch's
+    generator is seeded anew at the start of an epoch. `state_dict` is whole between any two updates.
+
+    Args:
+        net: The net; the caller has seeded torch before making it.
+        recipe: What to do.
+        train: Training images.
+        test: Test images.
+        device: Where to train.
+
+    Raises:
+        ValueError: Something in the recipe does not fit net or data.
+    """
+
+    def __init__(self, net: nn.Module, recipe: Recipe, train: ImageSet, test: ImageSet, device: str = 'cpu') -> None:
+        self.recipe = recipe
+        self.device = check_device(device)
+        self.freezing = AlternateFreezing(
+            recipe.alternate_freeze, recipe.alternate_count, recipe.alternate_rule, recipe.alternate_bn_stats
+        )
+        self.amp = self.device.type == 'cuda' if recipe.amp is None else recipe.amp
+        channels_last = recipe.channels_last is not False
+        self.mean, self.std = normalisation(recipe, net, train)
+
+        def batches(data: ImageSet, pad_crop: int = 0, hflip: float = 0.0) -> Batches:
+            return Batches(data, recipe.batch_size, self.mean, self.std, self.device, pad_crop, hflip, channels_last)
+
+        augmentation = (0, 0.0) if recipe.no_aug else (recipe.pad_crop, recipe.hflip)
+        self.train_batches, self.test_batches = batches(train, *augmentation), batches(test)
+        self.batches_per_epoch = len(train.labels) // recipe.batch_size
+        if recipe.grad_accum_steps > max(1, self.batches_per_epoch):
+            raise ValueError(
+                f'grad_accum_steps={recipe.grad_accum_steps} is more than an epoch of {self.batches_per_epoch} batches'
+            )
+        self.updates_per_epoch = self.batches_per_epoch // recipe.grad_accum_steps
+
+        if self.device.type == 'cuda':
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        _keep_memory()
+        if recipe.grad_checkpointing:
+            net.set_grad_checkpointing()  # type: ignore[operator]
+        self.net = net.to(self.device)
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss_fn = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
+        self.optimizer = self._make_optimizer()
+        self.scheduler, scheduled = self._make_scheduler()
+        self.epochs = self.freezing.total_epochs(scheduled)
+        self.ema = None
+        if recipe.model_ema:
+            self.ema = ModelEmaV3(self.net, recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+        self.compiled = recipe.torchcompile
+        if self.compiled is None:
+            self.compiled = _compiles(self.device, self.epochs * len(train.labels))
+        self.model: nn.Module = self.net
+        if self.compiled:
+            self.model = torch.compile(self.net, mode=recipe.torchcompile_mode)  # type: ignore[assignment]
+        self.position = Position()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        options: dict[str, Any] = {'eps': recipe.opt_eps, 'betas': recipe.opt_betas}
+        options = {name: value for name, value in options.items() if value is not None}
+        try:
+            optimizer = get_optimizer_class(recipe.opt.removeprefix('lookahead_'), bind_defaults=False)
+            if 'fused' in signature(optimizer).parameters:
+                options['fused'] = True
+            options.update(recipe.opt_kwargs)
+            return create_optimizer_v2(self.net, recipe.opt, recipe.lr, recipe.weight_decay, recipe.momentum, **options)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f'optimizer {recipe.opt!r}: {error}') from None
+
+    def _make_scheduler(self):
+        names = (
+            'sched', 'min_lr', 'warmup_epochs', 'warmup_lr', 'cooldown_epochs', 'decay_epochs', 'decay_milestones',
+            'decay_rate',
+        )  # fmt: skip
+        scheduler, epochs = create_scheduler_v2(
+            self.optimizer,
+            num_epochs=self.recipe.epochs,
+            step_on_epochs=not self.recipe.sched_on_updates,
+            updates_per_epoch=self.updates_per_epoch,
+            **{name: getattr(self.recipe, name) for name in names},
+        )
+        if scheduler is None and self.recipe.sched != 'none':
+            raise ValueError(f'sched={self.recipe.sched!r} is unknown to timm; choose cosine, multistep, step or none')
+        return scheduler, epochs
+
+    @property
+    def eval_net(self) -> nn.Module:
+        """The net whose accuracy counts: the moving average if there is one."""
+        return self.ema.module if self.ema else self.net
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on from `position`, beside the weights."""
+        random = {'cpu': torch.get_rng_state()}
+        if self.device.type == 'cuda':
+            random['cuda'] = torch.cuda.get_rng_state(self.device)
+        return {**vars(self.position), 'optimizer': self.optimizer.state_dict(), 'random': random}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken. The weights are the caller's."""
+        self.optimizer.load_state_dict(state['optimizer'])
+        torch.set_rng_state(state['random']['cpu'])
+        if 'cuda' in state['random'] and self.device.type == 'cuda':
+            torch.cuda.set_rng_state(state['random']['cuda'], self.device)
+        self.position = Position(**{name: state[name] for name in vars(Position())})
+
+    def _set_rate(self, epoch: int, updates: int) -> None:
+        """Set the learning rate for the update that comes after `updates` of epoch `epoch`."""
+        if self.scheduler is not None:
+            epoch = self.freezing.schedule_epoch(epoch)
+            self.scheduler.step(epoch)
+            self.scheduler.step_update(epoch * self.updates_per_epoch + updates)
+
+    def train_epoch(
+        self, progress: Callable[[int, Optional[float]], None] = lambda images, loss: None
+    ) -> dict[str, Any]:
+        """Train the rest of the current epoch.
+
+        Args:
+            progress: Called after every update with its number of images and, now and then, the mean loss so far.
+
+        Returns:
+            'phase', 'lr', the mean 'loss', and 'images' and 'seconds' of this call.
+
+        Raises:
+            EpochStopped: SIGINT or SIGTERM came; everything is as after the last update.
+            ValueError: The loss is no longer finite.
+        """
+        recipe, at = self.recipe, self.position
+        phase = self.freezing(self.model, at.epoch)
+        if at.batch == 0:
+            torch.manual_seed(mix_seed(recipe.seed, at.epoch))
+        self.model.train()
+        # The batches that don't fill an update are left out, like the images that don't fill a batch.
+        end = self.updates_per_epoch * recipe.grad_accum_steps
+        total = torch.tensor(at.loss, dtype=torch.float64, device=self.device)
+        started, checked, first = time.perf_counter(), time.perf_counter(), at.batch
+        with _stop_signals() as stopped:
+            for batch, (x, labels) in enumerate(self.train_batches.shuffled(recipe.seed, at.epoch, at.batch), at.batch):
+                if batch == end:
+                    break
+                if batch % recipe.grad_accum_steps == 0:
+                    self._set_rate(at.epoch, batch // recipe.grad_accum_steps)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                    loss = self.loss_fn(self.model(x), labels) / recipe.grad_accum_steps
+                loss.backward()
+                total += loss.detach() * recipe.grad_accum_steps
+                if (batch + 1) % recipe.grad_accum_steps:
+                    continue
+                if recipe.clip_grad is not None:
+                    dispatch_clip_grad(self._clipped(), recipe.clip_grad, recipe.clip_mode)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                at.batch, at.updates = batch + 1, at.updates + 1
+                if self.ema:
+                    self.ema.update(self.net, at.updates)
+                mean = None
+                if time.perf_counter() > checked + 1 or at.batch == end:  # not always: reading the loss waits for it
+                    checked, at.loss = time.perf_counter(), float(total)
+                    mean = at.loss / at.batch
+                    if not math.isfinite(mean):
+                        raise ValueError(
+                            f'the loss is {mean} in epoch {at.epoch}; give a smaller --lr than {recipe.lr}'
+                        )
+                progress(recipe.batch_size * recipe.grad_accum_steps, mean)
+                if stopped():
+                    at.loss = float(total)
+                    raise EpochStopped
+        images, seconds = (at.batch - first) * recipe.batch_size, time.perf_counter() - started
+        lr = max(group['lr'] for group in self.optimizer.param_groups)
+        result = {'phase': phase, 'lr': lr, 'loss': at.loss / at.batch, 'images': images, 'seconds': seconds}
+        at.epoch, at.batch, at.loss = at.epoch + 1, 0, 0.0
+        return result
+
+    def _clipped(self) -> list[nn.Parameter]:
+        """What a gradient's norm is taken of; by timm's custom, 'agc' leaves the classifier out."""
+        head = set()
+        if self.recipe.clip_mode == 'agc':
+            head = set(self.net.get_classifier().parameters())  # type: ignore[operator]
+        return [p for p in self.net.parameters() if p.grad is not None and p not in head]
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracies of `eval_net` on the test images."""
+        return evaluate(self.ema.module if self.ema else self.model, self.test_batches, self.amp, self.eval_net)
