@@ -5,7 +5,8 @@
 
 Every net is compared with the plain net of its backbone, which runs beside it in the same process: in each round every
 net of a backbone takes one step, in an order that rotates. `ratio` is the median over the rounds of a net's time over
-the plain net's of the same round, with the quartiles in brackets; what those straddle is not resolved.
+the plain net's of the same round, with the quartiles in brackets; what those straddle is not resolved. One thread on a
+CPU is timed by the CPU time it takes, which other work on the machine changes less than the time that passes.
 
 `bound` is the ratio which memory traffic alone allows an unfused merge: the plain net's time plus the bytes that the
 merges must move beyond a plain sum's (`PASSES`), at the speed of a large copy, measured in the same run. Maps that stay
@@ -34,6 +35,7 @@ from timm.models import get_pretrained_cfg_value
 from torch import nn
 from torch.profiler import profile
 
+from timm_weighted_skip import set_fused_merge
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
 
@@ -113,13 +115,14 @@ class Net:
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of one call."""
+    clock = time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     step()
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def saved_bytes(net: Net) -> int:
@@ -242,6 +245,7 @@ def main() -> int:
     parser.add_argument('--mode', choices=('eval', 'train', 'import'), default='eval')
     parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
     parser.add_argument('--compile', action='store_true', help='torch.compile every net')
+    parser.add_argument('--no-fused-merge', action='store_true', help='merge by the plain formula')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--batch-size', type=positive, help='default: 128 for images of 32 pixels, 8 for larger ones')
@@ -261,6 +265,7 @@ def main() -> int:
         print(f'import timm: {before:.0f} ms, timm_weighted_skip after it: {ours:.0f} ms')
         return 0
     torch.set_num_threads(args.threads)
+    set_fused_merge(not args.no_fused_merge)
     groups: dict[str, list[str]] = {}
     for name in args.models or [name for plain, others in BACKBONES.items() for name in (plain, *others)]:
         groups.setdefault(plain_of(name), [])
