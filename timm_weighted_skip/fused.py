@@ -92,11 +92,11 @@ def _through_relu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
-def _sum(own: Optional[torch.Tensor], share: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    """The sum of what there is; without a graph it goes into `own`."""
+def _sum(own: Optional[torch.Tensor], share: Optional[torch.Tensor], into_own: bool = False) -> Optional[torch.Tensor]:
+    """The sum of what there is."""
     if own is None or share is None:
         return own if share is None else share
-    return own + share if torch.is_grad_enabled() else own.add_(share)
+    return own.add_(share) if into_own else own + share
 
 
 class _SkipReLU(Function):
@@ -143,11 +143,12 @@ class _Means(Function):
             paths = zip((of_residual, of_shortcut), shares)
             return *(_sum(direct, share) for direct, share in paths), None
         by_residual, by_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
+        # Nobody else holds this gradient and what is made of it, unless they are themselves to be differentiated.
+        overwrite = not torch.is_grad_enabled()
         # A direct gradient of the shortcut comes with double backward, which differentiates what was saved of it.
-        of_shortcut = _sum(_sum(of_residual * by_shortcut, of_shortcut), shares[1])
-        # Nobody else holds this gradient, unless it is itself to be differentiated.
-        scaled = of_residual * by_residual if torch.is_grad_enabled() else of_residual.mul_(by_residual)
-        return _sum(scaled, shares[0]), of_shortcut, None
+        of_shortcut = _sum(_sum(of_residual * by_shortcut, of_shortcut, overwrite), shares[1], overwrite)
+        of_residual = of_residual.mul_(by_residual) if overwrite else of_residual * by_residual
+        return _sum(of_residual, shares[0], overwrite), of_shortcut, None
 
 
 class _MappingReLU(Function):
