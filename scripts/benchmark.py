@@ -8,9 +8,9 @@ net of a backbone takes one step, in an order that rotates. `ratio` is the media
 the plain net's of the same round, with the quartiles in brackets; what those straddle is not resolved. One thread on a
 CPU is timed by the CPU time it takes, which other work on the machine changes less than the time that passes.
 
-`bound` is the ratio which memory traffic alone allows a merge that is not part of a convolution's kernel: the plain net's
-time plus the bytes that the merges must move beyond a plain sum's (`PASSES`), at the speed of a large copy, measured in
-the same run. Maps that stay in a cache move faster than that, and then a net can be below its bound.
+`bound` is the ratio which memory traffic alone allows a merge outside the convolutions' kernels: the plain net's time
+plus the bytes that the merges must move beyond a plain sum's (`PASSES`), at the speed of a large copy, measured in the
+same run. Maps that stay in a cache move faster than that, and then a net can be below its bound.
 """
 
 import argparse
