@@ -1,6 +1,7 @@
 """The merges of a mapping unit: how a block's residual branch `F(x)` and its shortcut `s(x)` become one feature map.
 
-timm's plain block computes `relu(F + s)`. A merge replaces the `+`; the activation stays the block's.
+timm's plain block computes `relu(F + s)`. A merge replaces the `+`; the activation stays the block's. `merge_relu` does
+both in one step where `fused.can_fuse` allows it.
 The papers call `F` the transformed data (tfd) and `s` the input represent data (ipd).
 
 Shapes: N images, C channels, H x W pixels, K incoming units of a concatenation, e hidden width of a gate.
@@ -13,6 +14,8 @@ from typing import List, Literal, Union  # noqa: UP035  TorchScript reads List
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from timm_weighted_skip import fused
 
 __all__ = ['ActiveWeightedConcat', 'ActiveWeightedMapping', 'Gate', 'SkipWeight', 'skip_weights']
 
@@ -77,6 +80,12 @@ class SkipWeight(nn.Module):
         if self.weight is None:
             return residual + shortcut
         return torch.addcmul(residual, self.weight, shortcut)  # (N, C, H, W)
+
+    def merge_relu(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """`relu(self(residual, shortcut))`, overwriting `residual`."""
+        if self.weight is None:
+            return residual.add_(shortcut).relu_()
+        return fused.skip_relu(residual, shortcut, self.weight)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         """A weight that several units share is stored once per unit, as a copy after the first.
@@ -202,6 +211,12 @@ class ActiveWeightedMapping(nn.Module):
         z = torch.cat([residual.mean((2, 3)), shortcut.mean((2, 3))], dim=1)  # (N, 2C)
         of_residual, of_shortcut = self.gate(z).to(residual.dtype)[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         return of_residual * residual + of_shortcut * shortcut  # (N, C, H, W)
+
+    def merge_relu(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        """`relu(self(residual, shortcut))`, overwriting `residual`."""
+        if self.gate is None:
+            return residual.add_(shortcut).relu_()
+        return fused.mapping_relu(residual, shortcut, self.gate)
 
 
 class ActiveWeightedConcat(nn.Module):

@@ -8,6 +8,7 @@ from timm.models import build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from timm_weighted_skip.fused import can_fuse
 from timm_weighted_skip.layers import check_count
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
 
@@ -58,6 +59,9 @@ class WeightedBasicBlock(MappingUnit, BasicBlock):
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if can_fuse(self.merge, self.act2, x, shortcut):
+                return self.merge.merge_relu(x, shortcut)
         return self.act2(self.merge(x, shortcut))
 
 
@@ -88,6 +92,9 @@ class WeightedBottleneck(MappingUnit, Bottleneck):
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if can_fuse(self.merge, self.act3, x, shortcut):
+                return self.merge.merge_relu(x, shortcut)
         return self.act3(self.merge(x, shortcut))
 
 
