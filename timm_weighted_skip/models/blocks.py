@@ -12,7 +12,7 @@ from timm_weighted_skip.fused import can_fuse
 from timm_weighted_skip.layers import check_count
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
 
-__all__ = ['WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet', 'check_input_size']
+__all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet']
 
 
 class MappingUnit:
@@ -26,9 +26,9 @@ class MappingUnit:
 
     def __init__(self, *args, merge: Callable[..., nn.Module], **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        last_norm = self.bn3 if isinstance(self, Bottleneck) else self.bn2
+        last_conv = self.conv3 if isinstance(self, Bottleneck) else self.conv2
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
-        self.merge = merge(last_norm.num_features, projection=self.downsample is not None, **dd)
+        self.merge = merge(last_conv.out_channels, projection=self.downsample is not None, **dd)
 
     def zero_init_last(self) -> None:
         """Zero the last norm layer as timm does, but not under a closed shortcut: output and gradient would be 0."""
@@ -98,19 +98,24 @@ class WeightedBottleneck(MappingUnit, Bottleneck):
         return self.act3(self.merge(x, shortcut))
 
 
-def check_input_size(x: torch.Tensor, smallest: int) -> None:
-    """Refuse images that the net's stride would leave without a single whole output pixel.
+class ChecksInputSize:
+    """Refuses images that the net's stride would leave without a single whole output pixel."""
 
-    `torch._assert` instead of a branch, so that tracing, scripting and exporting see no data-dependent control flow.
-    """
-    height, width = x.shape[-2], x.shape[-1]
-    torch._assert(
-        (height >= smallest) & (width >= smallest),
-        f'input of {height}x{width} pixels is too small; this net takes {smallest}x{smallest} and more',
-    )
+    min_input_size: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[-2], x.shape[-1]
+        # Not a branch, so that tracing, scripting and exporting see no data-dependent control flow.
+        torch._assert(
+            (height >= self.min_input_size) & (width >= self.min_input_size),
+            f'input of {height}x{width} pixels is too small; '
+            f'this net takes {self.min_input_size}x{self.min_input_size} and more',
+        )
+        x = self.forward_features(x)
+        return self.forward_head(x)
 
 
-class WeightedResNet(ResNet):
+class WeightedResNet(ChecksInputSize, ResNet):
     """timm's `ResNet` of weighted blocks.
 
     Args:
@@ -138,12 +143,7 @@ class WeightedResNet(ResNet):
     ) -> None:
         check_count('in_chans', in_chans)
         super().__init__(block, layers, in_chans=in_chans, block_args={**(block_args or {}), 'merge': merge}, **kwargs)
-        self.min_input_size: int = self.feature_info[-1]['reduction']
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_input_size(x, self.min_input_size)
-        x = self.forward_features(x)
-        return self.forward_head(x)
+        self.min_input_size = self.feature_info[-1]['reduction']
 
 
 def build_resnet(model_cls: type[WeightedResNet], variant: str, pretrained: bool, **kwargs) -> WeightedResNet:

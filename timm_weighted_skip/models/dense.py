@@ -9,7 +9,7 @@ from timm.models.densenet import DenseBlock, DenseLayer, DenseNet, DenseTransiti
 from torch import nn
 
 from timm_weighted_skip.layers import ActiveWeightedConcat, check_count
-from timm_weighted_skip.models.blocks import check_input_size
+from timm_weighted_skip.models.blocks import ChecksInputSize
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
 
 __all__ = ['WeightedDenseLayer', 'WeightedDenseNet', 'build_densenet', 'weigh_connections']
@@ -56,7 +56,7 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
             model.features.add_module(name, module)
 
 
-class WeightedDenseNet(DenseNet):
+class WeightedDenseNet(ChecksInputSize, DenseNet):
     """timm's `DenseNet` with weighted connections.
 
     Args:
@@ -83,12 +83,7 @@ class WeightedDenseNet(DenseNet):
         names = [name for name, _ in self.features.named_children()]
         # timm's forward_intermediates finds its features by their positions.
         self.feature_ends = [names.index(info['module'].split('.', 1)[1]) for info in self.feature_info]
-        self.min_input_size: int = self.feature_info[-1]['reduction']
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_input_size(x, self.min_input_size)
-        x = self.forward_features(x)
-        return self.forward_head(x)
+        self.min_input_size = self.feature_info[-1]['reduction']
 
 
 def build_densenet(model_cls: type[WeightedDenseNet], variant: str, pretrained: bool, **kwargs) -> WeightedDenseNet:
