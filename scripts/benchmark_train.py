@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.train import launcher
-from timm_weighted_skip.train.data import ImageSet
 from timm_weighted_skip.train.recipe import load_recipe, recipe_path
 from timm_weighted_skip.train.trainer import Trainer, make_net
 

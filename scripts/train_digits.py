@@ -10,13 +10,10 @@ baseline; the weights are those of seed 0. A few minutes on a CPU.
 import argparse
 import subprocess
 from pathlib import Path
-
-import timm
-import torch
+from typing import Any
 
 from timm_weighted_skip.hub import Results, save_checkpoint
-from timm_weighted_skip.quickstart import MODELS, accuracy, load_digits, train
-from timm_weighted_skip.train import AlternateFreezing
+from timm_weighted_skip.quickstart import MODELS, train_digits
 
 EPOCHS, PERIOD, SEEDS = 30, 3, [0, 1, 2]
 
@@ -28,27 +25,21 @@ def main() -> None:
     if args.output.exists():
         parser.error(f'{args.output} exists; remove it first')
 
-    train_data, test_data = load_digits()
-    freezing = {'plain': AlternateFreezing(0), 'AWM': AlternateFreezing(PERIOD)}
     top1: dict[str, list[float]] = {label: [] for label in MODELS}
-    nets = []
+    trainers = []
     for seed in SEEDS:
-        for label, name in MODELS.items():
-            torch.manual_seed(seed)
-            model = timm.create_model(name, in_chans=1, num_classes=10)
-            train(model, train_data, freezing[label], EPOCHS, seed, f'{label:5} seed {seed}')
-            top1[label].append(round(accuracy(model, test_data), 2))
+        for label in MODELS:
+            trainer = train_digits(label, EPOCHS, PERIOD, seed)
+            top1[label].append(round(trainer.evaluate()['top1'], 2))
             if label == 'AWM':
-                nets.append(model)
+                trainers.append(trainer)
 
-    # The loader's normalisation, as timm's transforms need it: for pixels that go from 0 to 1.
-    darkest, brightest = train_data[0].min().item(), train_data[0].max().item()
-    model = nets[0]
-    model.pretrained_cfg.update(  # type: ignore[union-attr, operator]
+    model: Any = trainers[0].net.eval()
+    model.pretrained_cfg.update(
         input_size=(1, 8, 8),
         pool_size=(2, 2),
-        mean=(-darkest / (brightest - darkest),),
-        std=(1 / (brightest - darkest),),
+        mean=trainers[0].mean,
+        std=trainers[0].std,
         label_names=[str(digit) for digit in range(10)],
     )
     commit = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()

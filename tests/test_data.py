@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from timm_weighted_skip.train.data import Batches, ImageSet, load_image_set
+from timm_weighted_skip.data import ImageSet, load_image_set
+from timm_weighted_skip.train.batches import Batches
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

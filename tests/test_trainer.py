@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from timm.optim import list_optimizers
 
 from timm_weighted_skip.cli import main
+from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.layers import Gate
 from timm_weighted_skip.train import checkpoint as checkpoints
-from timm_weighted_skip.train.data import ImageSet
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
 from timm_weighted_skip.train.runs import Run, run_seeds
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net

@@ -318,7 +318,7 @@ def add_eval(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         import json
 
-        from timm_weighted_skip.train.data import load_image_set
+        from timm_weighted_skip.data import load_image_set
         from timm_weighted_skip.train.runs import evaluate_saved
 
         if args.data is None:

@@ -4,16 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from timm_weighted_skip.analysis.tables import require
+from timm_weighted_skip.data import ImageSet, load_image_set
 
 __all__ = ['LabelledImages', 'load_images']
 
@@ -50,53 +48,18 @@ class LabelledImages(Dataset):
         return DataLoader(self, batch_size, num_workers=workers)
 
 
-class _Arrays:
-    """Images (N, H, W) or (N, H, W, 3) of bytes and labels (N,) as pairs."""
+class _Pictures:
+    """The images of a set held in memory as pairs of a PIL image and its label."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images, self.labels = images, labels
+    def __init__(self, data: ImageSet) -> None:
+        self.data = data
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.data.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
-
-
-def _digits(train: bool) -> tuple[_Arrays, list[str]]:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels, of which the last 360 are the test split."""
-    require('sklearn')
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    part = slice(0, 1437) if train else slice(1437, None)
-    images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)
-    return _Arrays(images, digits.target[part]), [str(name) for name in digits.target_names]
-
-
-def _npz(path: Path) -> tuple[_Arrays, list[str]]:
-    """Arrays `images` and `labels`, and `classes` if the classes have names."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in ('images', 'labels') if name not in arrays]
-            if missing:
-                raise ValueError(
-                    f'{path} has no array {" and no ".join(missing)}; it has {", ".join(arrays) or "none"}'
-                )
-            images, labels = arrays['images'], arrays['labels']
-            classes = [str(name) for name in arrays['classes']] if 'classes' in arrays else []
-    except (BadZipFile, EOFError) as error:
-        raise ValueError(f'{path} is not a whole npz file ({error})') from None
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-        raise ValueError(
-            f'{path}: images are {images.dtype} of shape {images.shape} with {len(labels)} labels; '
-            'give uint8 (N, H, W) or (N, H, W, 3) and N labels'
-        )
-    highest = int(labels.max(initial=-1))
-    classes = classes or [str(k) for k in range(highest + 1)]
-    if labels.min(initial=0) < 0 or highest >= len(classes):
-        raise ValueError(f'{path}: labels go from {labels.min()} to {highest}, and there are {len(classes)} classes')
-    return _Arrays(images, labels), classes
+        pixels = self.data.images[index].numpy()
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), int(self.data.labels[index])
 
 
 def load_images(
@@ -124,12 +87,9 @@ def load_images(
     train = split in ('train', 'training')
     npz = Path(data_dir or '.', f'{name}_{"train" if train else "test"}.npz')
     source: Any
-    if name == 'digits':
-        source, classes = _digits(train)
-    elif data_dir is None and '/' not in name:
-        raise ValueError(f'--data {name} needs --data-dir, the folder of its files')
-    elif npz.is_file():
-        source, classes = _npz(npz)
+    if name == 'digits' or npz.is_file() or (data_dir is None and '/' not in name):
+        data = load_image_set(name, train, data_dir)
+        source, classes = _Pictures(data), list(data.classes)
     else:
         dataset = '' if name == 'folder' else name if '/' in name else f'torch/{name}'
         try:

@@ -24,6 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_weighted_skip
+from timm_weighted_skip.data import ImageSet, load_image_set
+from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import (
     link,
     read_checkpoint,
@@ -32,7 +34,6 @@ from timm_weighted_skip.train.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from timm_weighted_skip.train.data import Batches, ImageSet, load_image_set
 from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, normalisation
 

@@ -21,7 +21,8 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from timm_weighted_skip.train.data import Batches, ImageSet, mix_seed
+from timm_weighted_skip.data import ImageSet
+from timm_weighted_skip.train.batches import Batches, mix_seed
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 
