@@ -165,7 +165,7 @@ def half_an_npz(path):
         (lambda f, t: ['extremes', f, '--data', 'cifar10', '--data-dir', str(t)], 'no cifar10_test.npz, and '),
         (lambda f, t: ['extremes', f, '--data', 'digits', '--count', '0'], 'count=0'),
         (lambda f, t: ['extremes', 'awm_resnet14_cifar', '--data', 'digits', '--model-kwargs', 'in_chans=1'], '--mean'),
-        (lambda f, t: ['inspect', 'awm_resnet15'], "'awm_resnet15' is neither a folder, a file of weights nor a model"),
+        (lambda f, t: ['inspect', 'awm_resnet15'], "no model is called 'awm_resnet15'; near names are"),
         (lambda f, t: ['inspect', str(t)], 'neither config.json nor last.safetensors'),
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', str(t / 'x')], "no file '"),
         (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--checkpoint', f + '/model.safetensors'], 'do not fit awm'),

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_checkpoint
 from torch import nn
 
+from timm_weighted_skip.models.names import check_model_name
+
 __all__ = ['load_net']
 
 
@@ -46,11 +48,7 @@ def load_net(source: str, checkpoint: Optional[Union[str, Path]] = None, **model
         model = source
     weights = checkpoint or (path if path.is_file() else None)
     by_name = ':' not in model
-    if by_name and not timm.is_model(model):
-        raise ValueError(
-            f'{model!r} is neither a folder, a file of weights nor a model; `weighted-skip list` names the models, '
-            'and local-dir:FOLDER and hf-hub:REPOSITORY are taken as well'
-        )
+    check_model_name(model)
     published = not by_name or bool(getattr(timm.models.get_pretrained_cfg(model), 'has_weights', False))
     if not published and weights is None:
         print(f'{model}: no published weights and no --checkpoint given; these are initial weights', file=sys.stderr)

@@ -10,6 +10,7 @@ from timm.models import load_model_config_from_hf, load_state_dict, parse_model_
 from torch import nn
 
 from timm_weighted_skip.hub.config import one_line, read_json
+from timm_weighted_skip.models.names import check_model_name
 
 __all__ = ['load_net']
 
@@ -28,6 +29,7 @@ def load_net(
     Raises:
         ValueError: There is no such net, it has no weights, or `checkpoint` isn't a checkpoint of it.
     """
+    check_model_name(name)
     model_kwargs = dict(model_kwargs or {})
     source, model_id = parse_model_name(name)
     if source == 'local-dir':

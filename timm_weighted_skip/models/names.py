@@ -1,11 +1,26 @@
-"""The names under which this package registers its models."""
+"""Names of models: those that this package registers, and what to say to one that is not registered."""
 
 import difflib
 
 import timm
 from timm.models import model_entrypoint
 
-__all__ = ['model_names']
+__all__ = ['check_model_name', 'model_names']
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that timm can't make a net of, such as one of a depth that does not exist.
+
+    Args:
+        name: A registered name, with or without a tag, or a source such as `local-dir:FOLDER`, which always passes.
+
+    Raises:
+        ValueError: There is no such model; the message lists near names.
+    """
+    if ':' not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=4)
+        there_is = f'near names are {", ".join(near)}' if near else '`weighted-skip list` has those of this package'
+        raise ValueError(f'no model is called {name!r}; {there_is}')
 
 
 def model_names(pattern: str = '*') -> list[str]:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from timm_weighted_skip.data import ImageSet
+from timm_weighted_skip.models.names import check_model_name
 from timm_weighted_skip.train.batches import Batches, mix_seed
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
@@ -56,6 +57,7 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
     Raises:
         ValueError: timm can't make it.
     """
+    check_model_name(model)
     shape: dict[str, Any] = {'num_classes': len(data.classes), 'in_chans': data.images.shape[3]}
     for name, value in shape.items():
         if model_kwargs.pop(name, value) != value:
