@@ -29,7 +29,7 @@ TOLERANCE = 2e-6
 def set_fused_merge(enable: bool = True) -> None:
     """Whether blocks may merge and apply their ReLU in one step, for every net of this process; on by default.
 
-    A net computes the same either way, up to rounding.
+    A net's outputs are the same to the last bit either way, its gradients up to rounding.
     """
     global _enabled
     _enabled = enable
@@ -77,7 +77,7 @@ def mapping_relu(residual: torch.Tensor, shortcut: torch.Tensor, gate: nn.Module
     weight = gate(z).to(residual.dtype)  # (N, 2)
     if torch.is_grad_enabled() and not _recoverable(weight.detach()):
         of_residual, of_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
-        return F.relu(of_residual * residual + of_shortcut * shortcut)
+        return F.relu(torch.addcmul(of_residual * residual, of_shortcut, shortcut))
     return _MappingReLU.apply(residual, shortcut, weight, link)
 
 

@@ -15,6 +15,7 @@ from timm_weighted_skip.analysis.inspection import gate_table
 from timm_weighted_skip.analysis.tables import require
 from timm_weighted_skip.data import load_image_set
 from timm_weighted_skip.layers import check_count
+from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 from timm_weighted_skip.train.trainer import Trainer, make_net
 
@@ -67,6 +68,7 @@ def quickstart(epochs: int = 30, period: int = 3, seeds: int = 3, out: Path = Pa
     require('sklearn', 'matplotlib')
     check_count('epochs', epochs)
     check_count('seeds', seeds)
+    AlternateFreezing(period)  # refuses what is no period
     top1: dict[str, list[float]] = {label: [] for label in MODELS}
     for seed in range(seeds):
         for label in MODELS:
