@@ -159,7 +159,7 @@ def half_an_npz(path):
         (lambda f, t: ['extremes', f, *npz(t, np.zeros((9, 8, 8), np.uint8), 3)], '3 classes and the net 10'),
         (lambda f, t: ['extremes', f, *npz(t, np.zeros((0, 8, 8), np.uint8))], 'the data set is empty'),
         (lambda f, t: ['extremes', f, *npz(t, np.zeros((9, 8, 8)))], 'images are float64 of shape (9, 8, 8, 1)'),
-        (lambda f, t: ['extremes', f, *npz(t, np.zeros((20, 8, 8), np.uint8), first=1)], 'labels 1 to 10 with 10 classes'),
+        (lambda f, t: ['extremes', f, *npz(t, np.zeros((20, 8, 8), np.uint8), first=1)], 'labels 1 to 10 with 10'),
         (lambda f, t: ['extremes', f, *half_an_npz(t)], 'is not a readable image set'),
         (lambda f, t: ['extremes', f, '--data', 'cifar10'], '--data cifar10 needs --data-dir'),
         (lambda f, t: ['extremes', f, '--data', 'cifar10', '--data-dir', str(t)], 'no cifar10_test.npz, and '),
