@@ -1,8 +1,10 @@
 """Alternating training of backbone and gates (AWM, arXiv 1811.06878, section 3.2)."""
 
+from functools import cache
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from timm.layers import use_reentrant_ckpt
 from timm.utils import unwrap_model
 from torch import nn
@@ -101,6 +103,8 @@ class AlternateFreezing:
         if phase == 'joint':
             return phase
         net = self._net(model)
+        if epoch % self.period == 0 and _is_compiled(model) and not _compiler_sees_freezing():
+            torch.compiler.reset()  # so that the phase's first step compiles again
         for parameters, trained in (
             (net.gates, phase == 'gates'),
             (net.backbone, phase == 'backbone'),
@@ -139,6 +143,28 @@ class AlternateFreezing:
             norms=[m for m in net.modules() if getattr(m, 'track_running_stats', False)],
         )
         return self._nets[net]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `model` or what it wraps goes through torch.compile."""
+    inner = getattr(model, '_orig_mod', None)
+    compiled = inner is not None or getattr(model, '_compiled_call_impl', None) is not None
+    return compiled or (hasattr(model, 'module') and _is_compiled(model.module))
+
+
+@cache
+def _compiler_sees_freezing() -> bool:
+    """Whether a compiled net is compiled anew when a parameter's `requires_grad` changes. It is not by torch 2.6.
+
+    There a frozen and thawed parameter would get no gradient, and nothing would say so.
+    """
+    net = nn.Linear(1, 1)
+    compiled = torch.compile(net, backend='aot_eager')
+    for frozen, trained in ((net.weight, net.bias), (net.bias, net.weight)):
+        frozen.requires_grad_(False)
+        trained.requires_grad_(True)
+        compiled(torch.ones(1, 1)).sum().backward()
+    return net.weight.grad is not None
 
 
 def _check_data_parallel(model: nn.Module) -> None:
