@@ -4,10 +4,12 @@ import pytest
 import timm
 import torch
 from checkpoints import randomised
+from safetensors.torch import load_file, save_file
 from timm.models.densenet import DenseNet
 from timm.models.resnet import ResNet
 
 import timm_weighted_skip
+from timm_weighted_skip.cli import main
 from timm_weighted_skip.convert import to_adaresnet, to_awm, to_plain
 
 NETS = ['resnet18', 'resnet14t', 'resnext50_32x4d', 'seresnet50', 'ecaresnet26t', 'resnetblur50', 'resnet50_gn']
@@ -126,3 +128,18 @@ def test_a_trained_gate_is_refused():
 def test_what_has_no_weighted_form_is_refused(name, convert, why):
     with pytest.raises(ValueError, match=why):
         convert(timm.create_model(name))
+
+
+@torch.no_grad()
+def test_command_writes_the_weights_of_a_net_without_a_registered_name(images, tmp_path):
+    plain = randomised(timm.create_model('seresnet18'))
+    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    output = tmp_path / 'weighted.safetensors'
+    command = ['convert', 'seresnet18', '--checkpoint', str(tmp_path / 'plain.safetensors'), '--to', 'awm']
+    assert main([*command, '--output', str(output)]) == 0
+    weighted = to_awm(timm.create_model('seresnet18')).eval()
+    weighted.load_state_dict(load_file(output))
+    assert torch.equal(weighted(images), plain(images))
+    assert main([*command, '--output', str(output)]) == 1  # what is there stays
+    assert main([*command, '--output', str(tmp_path / 'folder')]) == 1  # no config could rebuild it
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['plain.safetensors', 'weighted.safetensors']

@@ -173,14 +173,24 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         '--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of the net, such as num_classes=10'
     )
     parser.add_argument('--results', type=Path, help='JSON file with what was measured, for the model card')
-    parser.add_argument('--output', type=Path, required=True, help='checkpoint directory to make')
+    parser.add_argument(
+        '--output',
+        type=Path,
+        required=True,
+        help='checkpoint directory to make, or FILE.safetensors for the weights alone',
+    )
 
 
 def write_net(args: argparse.Namespace, model, model_args: dict) -> None:
     """Write what a verb of `add_source` made."""
     from timm_weighted_skip.hub.config import Results, read_json
-    from timm_weighted_skip.hub.save import save_checkpoint
+    from timm_weighted_skip.hub.save import save_checkpoint, save_weights
 
+    if args.output.suffix == '.safetensors':
+        if args.results:
+            raise ValueError(f'--results goes into a model card; with it, give a folder, not {args.output}')
+        print(f'wrote {save_weights(model, args.output)}')
+        return
     results = Results.from_dict(read_json(args.results), str(args.results)) if args.results else None
     print(f'wrote {save_checkpoint(model, args.output, results, model_args)}')
 

@@ -113,8 +113,8 @@ def model_config(
     architecture = cfg.pop('architecture')
     if not is_model(architecture):
         raise ValueError(
-            f'{architecture} is not registered in timm, so no config could rebuild the net; keep its state dict, and '
-            'convert the plain net again before loading it'
+            f'{architecture} is not registered in timm, so no config could rebuild the net; write its weights alone '
+            '(--output FILE.safetensors) and load them into a net that is converted again'
         )
     num_classes: int = model.num_classes  # type: ignore[assignment]
     if cfg.get('num_classes') != num_classes:

@@ -19,7 +19,7 @@ from timm_weighted_skip.hub.config import SAMPLE, Results, model_config
 from timm_weighted_skip.hub.weights import write_weights
 from timm_weighted_skip.models.pretrained import HUB_OWNER
 
-__all__ = ['save_checkpoint']
+__all__ = ['save_checkpoint', 'save_weights']
 
 
 def save_checkpoint(
@@ -76,6 +76,24 @@ def save_checkpoint(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def save_weights(model: nn.Module, file: Path) -> Path:
+    """Write the weights of `model` alone, as of a net whose architecture has no registered name; returns `file`.
+
+    Raises:
+        FileExistsError: There is something at `file`.
+    """
+    if file.exists():
+        raise FileExistsError(f'{file} exists; give another name or remove it')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f'.{file.name}.part')
+    try:
+        write_weights(unwrap_model(model).state_dict(), staging, {'format': 'pt'})
+        staging.rename(file)
+    finally:
+        staging.unlink(missing_ok=True)
+    return file
 
 
 @torch.no_grad()

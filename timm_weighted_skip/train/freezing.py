@@ -147,9 +147,10 @@ class AlternateFreezing:
 
 def _is_compiled(model: nn.Module) -> bool:
     """Whether `model` or what it wraps goes through torch.compile."""
-    inner = getattr(model, '_orig_mod', None)
-    compiled = inner is not None or getattr(model, '_compiled_call_impl', None) is not None
-    return compiled or (hasattr(model, 'module') and _is_compiled(model.module))
+    if any(getattr(model, name, None) is not None for name in ('_orig_mod', '_compiled_call_impl')):
+        return True
+    wrapped = getattr(model, 'module', None)
+    return isinstance(wrapped, nn.Module) and _is_compiled(wrapped)
 
 
 @cache
