@@ -91,6 +91,13 @@ def test_learns_what_can_be_learnt():
     assert trainer.evaluate()['top1'] > 90  # the labels' brightness tells them apart
 
 
+def test_accuracy_of_an_epoch_is_that_of_the_images_as_they_were_seen():
+    trainer = make_trainer(batch_size=32, no_aug=True)  # one batch: no update comes before it
+    (x, labels), *_ = trainer.test_batches.in_order()
+    expected = (trainer.net.train()(x).argmax(1) == labels).double().mean().item()
+    assert trainer.train_epoch()['top1'] == pytest.approx(100 * expected)
+
+
 def test_gate_epochs_on_top_take_the_schedules_rates_twice():
     trainer = make_trainer(
         epochs=4, alternate_freeze=2, alternate_count='extra', sched='multistep', decay_milestones=[3]
@@ -127,8 +134,7 @@ def test_weight_decay_of_the_recipes():
 def test_stopped_between_any_two_updates_and_resumed_it_ends_with_the_same_bits(tmp_path, recipe):
     recipe = {**recipe, 'epochs': 2}
     whole = make_trainer(**recipe)
-    for _ in range(2):
-        whole.train_epoch()
+    expected = [whole.train_epoch() for _ in range(2)][-1]
     for stop in range(1, 9):
         first = make_trainer(**recipe)
 
@@ -153,7 +159,8 @@ def test_stopped_between_any_two_updates_and_resumed_it_ends_with_the_same_bits(
             resumed.ema.module.load_state_dict(weights['ema'])
         resumed.load_state_dict(state)
         while resumed.position.epoch < 2:
-            resumed.train_epoch()
+            line = resumed.train_epoch()
+        assert (line['loss'], line['top1']) == (expected['loss'], expected['top1'])
         assert bits(resumed.net) == bits(whole.net)
         assert bits(resumed.eval_net) == bits(whole.eval_net)
 

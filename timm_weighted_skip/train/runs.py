@@ -209,7 +209,8 @@ def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar:
     write_atomically(folder / LOG, ''.join(json.dumps(each) + '\n' for each in book['log']).encode())
     _save(task, folder, trainer, book)
     bar.write(
-        f'epoch {number + 1}/{trainer.epochs} {trained["phase"]}: lr {trained["lr"]:.4g}, loss {trained["loss"]:.4f}, '
+        f'epoch {number + 1}/{trainer.epochs} {trained["phase"]}: lr {trained["lr"]:.4g}, '
+        f'loss {trained["loss"]:.4f}, top1 {trained["top1"]:.2f} %, '
         f'test loss {measured["loss"]:.4f}, top1 {measured["top1"]:.2f} %, {speed} images/s'
     )
 

@@ -143,12 +143,16 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 @dataclass
 class Position:
-    """Where a run is: before batch `batch` of epoch `epoch`; `loss` is the sum over its earlier batches."""
+    """Where a run is: before batch `batch` of epoch `epoch`.
+
+    `loss` and `correct`, the images that were classified rightly, are sums over the epoch's earlier batches.
+    """
 
     epoch: int = 0
     batch: int = 0
     updates: int = 0
     loss: float = 0.0
+    correct: float = 0.0
 
 
 class Trainer:
@@ -279,7 +283,8 @@ class Trainer:
             progress: Called after every update with its number of images and, now and then, the mean loss so far.
 
         Returns:
-            'phase', 'lr', the mean 'loss', and 'images' and 'seconds' of this call.
+            'phase', 'lr', the mean 'loss' and 'top1' in % of the training images as they were seen, and 'images' and
+            'seconds' of this call.
 
         Raises:
             EpochStopped: SIGINT or SIGTERM came; everything is as after the last update.
@@ -292,7 +297,7 @@ class Trainer:
         self.model.train()
         # The batches that don't fill an update are left out, like the images that don't fill a batch.
         end = self.updates_per_epoch * recipe.grad_accum_steps
-        total = torch.tensor(at.loss, dtype=torch.float64, device=self.device)
+        totals = torch.tensor([at.loss, at.correct], dtype=torch.float64, device=self.device)
         started, checked, first = time.perf_counter(), time.perf_counter(), at.batch
         with _stop_signals() as stopped:
             for batch, (x, labels) in enumerate(self.train_batches.shuffled(recipe.seed, at.epoch, at.batch), at.batch):
@@ -301,9 +306,11 @@ class Trainer:
                 if batch % recipe.grad_accum_steps == 0:
                     self._set_rate(at.epoch, batch // recipe.grad_accum_steps)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    loss = self.loss_fn(self.model(x), labels) / recipe.grad_accum_steps
+                    output = self.model(x)
+                    loss = self.loss_fn(output, labels) / recipe.grad_accum_steps
                 loss.backward()
-                total += loss.detach() * recipe.grad_accum_steps
+                correct = (output.detach().argmax(1) == labels).sum()
+                totals += torch.stack([loss.detach() * recipe.grad_accum_steps, correct])
                 if (batch + 1) % recipe.grad_accum_steps:
                     continue
                 if recipe.clip_grad is not None:
@@ -315,7 +322,8 @@ class Trainer:
                     self.ema.update(self.net, at.updates)
                 mean = None
                 if time.perf_counter() > checked + 1 or at.batch == end:  # not always: reading the loss waits for it
-                    checked, at.loss = time.perf_counter(), float(total)
+                    checked = time.perf_counter()
+                    at.loss, at.correct = totals.tolist()
                     mean = at.loss / at.batch
                     if not math.isfinite(mean):
                         raise ValueError(
@@ -323,13 +331,14 @@ class Trainer:
                         )
                 progress(recipe.batch_size * recipe.grad_accum_steps, mean)
                 if stopped():
-                    at.loss = float(total)
+                    at.loss, at.correct = totals.tolist()
                     raise EpochStopped
         images, seconds = (at.batch - first) * recipe.batch_size, time.perf_counter() - started
         lr = max(group['lr'] for group in self.optimizer.param_groups)
-        result = {'phase': phase, 'lr': lr, 'loss': at.loss / at.batch, 'images': images, 'seconds': seconds}
-        at.epoch, at.batch, at.loss = at.epoch + 1, 0, 0.0
-        return result
+        top1 = 100 * at.correct / (at.batch * recipe.batch_size)
+        result = {'phase': phase, 'lr': lr, 'loss': at.loss / at.batch, 'top1': top1}
+        self.position = Position(at.epoch + 1, updates=at.updates)
+        return {**result, 'images': images, 'seconds': seconds}
 
     def _clipped(self) -> list[nn.Parameter]:
         """What a gradient's norm is taken of; by timm's custom, 'agc' leaves the classifier out."""
