@@ -223,7 +223,7 @@ def test_files_of_a_run_and_its_evaluation(tmp_path, capsys):
     result = json.loads((folder / 'result.json').read_text())
     assert result['recipe']['seed'] == 1
     assert len(result['mapping_units']) == 6
-    assert all(sum(weights) == pytest.approx(1) for weights in result['mapping_units'].values())
+    assert all(sum(unit['mean']) == pytest.approx(1) for unit in result['mapping_units'].values())
     capsys.readouterr()
     for target in (folder, folder / 'last.safetensors'):
         assert main(['eval', str(target), '--data', 'digits']) == 0

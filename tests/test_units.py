@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from timm_weighted_skip import mapping_units
+from timm_weighted_skip.analysis.moments import weight_moments
 from timm_weighted_skip.layers import Gate
 
 RESNET20 = [(f'layer{s}.{b}', 'projection' if s > 1 and b == 0 else 'identity') for s in (1, 2, 3) for b in range(3)]
@@ -40,6 +41,16 @@ def test_awm_weights_are_per_image_and_normalised():
         assert unit.weight.shape == (5, 2)
         torch.testing.assert_close(unit.weight.sum(1), torch.ones(5))
     assert torch.stack([unit.weight[:, 0] for unit in units]).std(1).max() > 0
+
+
+def test_moments_over_batches_are_those_over_all_images():
+    model, x = trained_gates('awm_resnet20_cifar').eval(), torch.randn(5, 3, 32, 32)
+    moments = weight_moments(model, x.split(2))
+    for unit in mapping_units(model, x):
+        assert moments[unit.name]['mean'] == pytest.approx(unit.weight.mean(0).tolist())
+        assert moments[unit.name]['variance'] == pytest.approx(unit.weight.var(0, correction=0).tolist(), rel=1e-4)
+    ada = weight_moments(timm.create_model('adaresnet20_cifar', skip_init=0.25), [])
+    assert list(ada.values()) == [{'mean': [0.25], 'variance': [0.0]}] * 9
 
 
 def test_dense_weights_have_one_column_per_incoming_unit():

@@ -299,7 +299,7 @@ def add_train(verbs) -> None:
     add_recipe_arguments(parser)
 
     def run(args: argparse.Namespace) -> None:
-        from timm_weighted_skip.analysis.means import mean_weights
+        from timm_weighted_skip.analysis.moments import weight_moments
         from timm_weighted_skip.train.runs import describe, read_run, run_seeds, task_of
 
         if args.resume:
@@ -308,7 +308,7 @@ def add_train(verbs) -> None:
         else:
             task, seeds, folder = task_of(args)
         try:
-            result = run_seeds(task, folder, seeds, resume=bool(args.resume), analysis=mean_weights)
+            result = run_seeds(task, folder, seeds, resume=bool(args.resume), analysis=weight_moments)
         except KeyboardInterrupt as stop:
             print(f'\n{stop}', file=sys.stderr)
             raise SystemExit(130) from None
