@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 from timm.optim import list_optimizers
 
@@ -231,6 +232,9 @@ def test_files_of_a_run_and_its_evaluation(tmp_path, capsys):
     assert main(arguments) == 1  # the folder is taken
     assert '--resume' in capsys.readouterr().err
     assert main(['train', '--resume', str(tmp_path / 'run')]) == 0  # finished: nothing to do
+    with FileLock(tmp_path / 'run' / '.lock'):  # as another process has it that trains there
+        assert main(['train', '--resume', str(tmp_path / 'run')]) == 1
+    assert 'another process is training in' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('model', 'units'), [('resnet14_cifar', 0), ('adaresnet14_cifar', 6)])

@@ -10,8 +10,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
@@ -19,6 +19,7 @@ from typing import Any, Optional
 import timm
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from timm.utils import random_seed
 from torch import nn
 from tqdm import tqdm
@@ -106,14 +107,16 @@ def run_seeds(
     if (folder / ARGS).exists() and not resume:
         raise ValueError(f'{folder} holds a run; go on with it by --resume {folder}, or give another --experiment')
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / ARGS, yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False).encode())
     results = []
     try:
-        for seed in seeds:
-            task.recipe.seed = seed
-            of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
-            of_seed.mkdir(exist_ok=True)
-            results.append(run(task, of_seed, analysis))
+        with _alone_in(folder):
+            args = yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False)
+            write_atomically(folder / ARGS, args.encode())
+            for seed in seeds:
+                task.recipe.seed = seed
+                of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
+                of_seed.mkdir(exist_ok=True)
+                results.append(run(task, of_seed, analysis))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'stopped; go on with: weighted-skip train --resume {folder}') from None
     if len(seeds) == 1:
@@ -121,6 +124,16 @@ def run_seeds(
     result = summary(results)
     write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
     return result
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuse to train in a folder where another process does; the lock of a process that was killed is no hindrance."""
+    try:
+        with FileLock(folder / '.lock', timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f'another process is training in {folder}; wait for it, or stop it') from None
 
 
 def summary(results: list[dict]) -> dict:
