@@ -17,7 +17,7 @@ from timm_weighted_skip.analysis.units import MappingUnit, mapping_units
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['gate_table', 'rounds_table', 'skip_rounds', 'unit_table']
+__all__ = ['gate_table', 'rounds_table', 'skip_rounds', 'unit_table', 'weights_of_rounds']
 
 
 def unit_table(model: nn.Module) -> Result:
@@ -48,7 +48,11 @@ def skip_rounds(models: Sequence[nn.Module]) -> tuple[list[MappingUnit], np.ndar
 
 def rounds_table(models: Sequence[nn.Module]) -> Result:
     """`w` of every unit, a column per round, and the rounds' mean."""
-    units, w = skip_rounds(models)
+    return weights_of_rounds(*skip_rounds(models))
+
+
+def weights_of_rounds(units: Sequence[MappingUnit], w: np.ndarray) -> Result:
+    """`rounds_table` of what `skip_rounds` returns."""
     rounds = w.shape[1]
     columns = [f'round_{r}' for r in range(1, rounds + 1)] + ['mean'] if rounds > 1 else ['w']
     values = np.column_stack([w, w.mean(1)]) if rounds > 1 else w

@@ -1,0 +1,300 @@
+"""The report and the checkpoints of `scripts/reproduce.py`: tables, figures and verdicts, all from the results' files.
+
+In REPORT.md and the README, what stands between `<!-- NAME -->` and `<!-- /NAME -->` is written here and nowhere else.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+import timm
+from reproduce_manifest import Experiment, Job, Manifest, Run
+
+from timm_weighted_skip.analysis import MappingUnit, mapping_units
+from timm_weighted_skip.analysis.curves import Run as Curve
+from timm_weighted_skip.analysis.curves import curves, sweep
+from timm_weighted_skip.analysis.figures import colour, label_units, new_figure, render, styled
+from timm_weighted_skip.analysis.inspection import weights_of_rounds
+from timm_weighted_skip.analysis.listing import model_cost
+from timm_weighted_skip.analysis.nets import load_net
+from timm_weighted_skip.analysis.tables import Result, Table, require, write_file
+from timm_weighted_skip.analysis.variance import group_variance
+from timm_weighted_skip.hub import Results, save_checkpoint
+from timm_weighted_skip.train.checkpoint import read_metadata
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+DATA = {  # name, id on the Hub
+    'cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
+    'cifar100': ('CIFAR-100', 'uoft-cs/cifar100'),
+    'mnist': ('MNIST', 'ylecun/mnist'),
+    'digits': ("scikit-learn's digits", 'sklearn-digits'),
+}
+
+
+def read_results(manifest: Manifest, run: Run) -> dict[int, dict[str, Any]]:
+    """Seed -> result of the finished trainings of a run."""
+    files = {seed: manifest.result_file(Job(run, seed)) for seed in run.seeds}
+    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+
+
+def last_top1(results: dict[int, dict[str, Any]]) -> list[float]:
+    return [result['last']['top1'] for result in results.values()]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, standard deviation (n - 1) and number of accuracies."""
+    if not values:
+        return 'not run'
+    mean = f'{statistics.fmean(values):.2f}'
+    return f'{mean} ± {statistics.stdev(values):.2f} ({len(values)})' if len(values) > 1 else f'{mean} (1)'
+
+
+def compare(ours: Sequence[float], baseline: Sequence[float]) -> tuple[str, str]:
+    """Difference of the means with its 95 % interval by Welch's t, and what that says."""
+    if not ours or not baseline:
+        return '-', '-'
+    difference = f'{statistics.fmean(ours) - statistics.fmean(baseline):+.2f}'
+    if min(len(ours), len(baseline)) < 2:
+        return difference, 'one seed: no verdict'
+    from scipy.stats import ttest_ind
+
+    low, high = ttest_ind(ours, baseline, equal_var=False).confidence_interval(0.95)
+    verdict = 'better' if low > 0 else 'worse' if high < 0 else 'within noise'
+    return f'{difference} [{low:+.2f}, {high:+.2f}]', verdict
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return Table(columns, rows).markdown()
+
+
+def accuracy_table(manifest: Manifest, experiment: Experiment) -> str:
+    """One line per run of an experiment: ours, the paper's, and the comparison with the baseline."""
+    rows = []
+    for run in experiment.runs.values():
+        results = read_results(manifest, run)
+        best = [result['best']['top1'] for result in results.values()]
+        baseline = read_results(manifest, experiment.runs[run.baseline]) if run.baseline else {}
+        paper = '-' if run.paper is None else f'{run.paper:.2f}'
+        compared = compare(last_top1(results), last_top1(baseline))
+        ours = spread(last_top1(results)), spread(best) if best else '-'
+        rows.append([run.name, str(run.epochs()), *ours, paper, run.baseline or '-', *compared])
+    columns = ['run', 'epochs', 'last epoch (%)', 'best epoch (%)', 'paper (%)', 'baseline', 'difference', 'verdict']
+    return markdown(columns, rows)
+
+
+def _curves(experiment: Experiment, results: dict[str, dict[int, dict[str, Any]]]) -> list[Curve]:
+    """The first seed's curve of every run."""
+    first = {name: next(iter(of_seed.values())) for name, of_seed in results.items()}
+    return [Curve(Path(experiment.name, name), result['curve'], result) for name, result in first.items()]
+
+
+def skip_weight_rounds(run: Run, results: dict[int, dict[str, Any]]) -> tuple[list[MappingUnit], np.ndarray]:
+    """The units of an AdaResNet run and their `w`, (units, rounds)."""
+    units = mapping_units(timm.create_model(run.model))
+    w = [[unit['mean'][0] for unit in result['mapping_units'].values()] for result in results.values()]
+    return units, np.array(w).T
+
+
+@styled
+def _draw_gates(results: dict[int, dict[str, Any]]) -> 'Figure':
+    """AWM's Fig. 6 of every seed: mean of `lam1` per unit over the test images, with its standard deviation."""
+    figure = new_figure()
+    axes = figure.subplots()
+    axes.axhline(0.5, color='0.6', linewidth=0.6)
+    for index, (seed, result) in enumerate(results.items()):
+        units = result['mapping_units']
+        mean, variance = (np.array([unit[of][0] for unit in units.values()]) for of in ('mean', 'variance'))
+        number, (hue, style) = np.arange(1, len(units) + 1), colour(index)
+        axes.fill_between(number, mean - variance**0.5, mean + variance**0.5, color=hue, alpha=0.2, linewidth=0)
+        axes.plot(number, mean, style, color=hue, marker='o', label=f'seed {seed}')
+    label_units(axes, list(units))
+    axes.set_xlabel('mapping unit (number)')
+    axes.set_ylabel(r'weight $\lambda_1$ (no unit)')
+    axes.legend()
+    return figure
+
+
+def weights_of(run: Run, results: dict[int, dict[str, Any]]) -> Optional[Result]:
+    """The weights that a run has learned, of those whose units have one or two."""
+    units = next(iter(results.values()))['mapping_units']
+    if not units or any(len(unit['mean']) > 2 for unit in units.values()):
+        return None
+    if any(len(unit['mean']) == 1 for unit in units.values()):
+        return weights_of_rounds(*skip_weight_rounds(run, results))
+    columns = ['unit', *(f'seed {seed} {of}' for seed in results for of in ('mean', 'variance'))]
+    rows = [
+        [unit, *(result['mapping_units'][unit][of][0] for result in results.values() for of in ('mean', 'variance'))]
+        for unit in units
+    ]
+    return Result({}, {'weights': Table(columns, rows)}, {'weights': lambda: _draw_gates(results)})
+
+
+class Report:
+    """Sections as they are made, and the figures beside them."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest, self.figures = manifest, manifest.folder / 'figures'
+
+    def picture(self, result: Result, figure: str, name: str, text: str) -> str:
+        """Draw a figure of `result` to a file; returns the Markdown that shows it."""
+        path = self.figures / f'{name}.svg'
+        write_file(path, render(result.figures[figure](), 'svg'))
+        return f'![{text}]({path.relative_to(self.manifest.folder)})'
+
+    def experiment(self, experiment: Experiment) -> str:
+        parts = [accuracy_table(self.manifest, experiment)]
+        about = [f'- `{run.name}`: {run.about}' for run in experiment.runs.values() if run.about]
+        parts += ['\n'.join(about)] if about else []
+        results = {name: found for name, run in experiment.runs.items() if (found := read_results(self.manifest, run))}
+        if results:
+            drawn = _curves(experiment, results)
+            title = 'Accuracy and loss per epoch, first seed'
+            parts.append(self.picture(curves(drawn), 'curves', f'{experiment.name}-curves', title))
+        if experiment.against and results:
+            every = [Curve(Path(r['run']), r['curve'], r) for found in results.values() for r in found.values()]
+            swept = sweep(every, experiment.against)
+            title = f'Error against {experiment.against}'
+            parts += [swept.tables['sweep'].markdown(), self.picture(swept, 'sweep', f'{experiment.name}-sweep', title)]
+        for name, of_seed in results.items():
+            weights = weights_of(experiment.runs[name], of_seed)
+            if weights is not None:
+                parts += [f'Weights of `{name}`:', weights.tables['weights'].markdown()]
+                title = f'Weights of {name}'
+                parts.append(self.picture(weights, 'weights', f'{experiment.name}-{name}-weights', title))
+        return '\n\n'.join(parts)
+
+    def variance(self) -> Optional[str]:
+        """AdaResNet's variances within and between data sets, once there are rounds of all groups."""
+        groups: dict[str, np.ndarray] = {}
+        units: list[MappingUnit] = []
+        for group, path in self.manifest.variance.items():
+            experiment, name = path.split('/')
+            run = self.manifest.experiments[experiment].runs[name]
+            results = read_results(self.manifest, run)
+            if len(results) < 2:
+                return None
+            units, groups[group] = skip_weight_rounds(run, results)
+        if not groups:
+            return None
+        found = group_variance(groups, [unit.name for unit in units])
+        picture = self.picture(found, 'variance', 'variance', 'Mean and range of the weights of each data set')
+        return f'{found.tables["variance"].markdown()}\n\n{picture}'
+
+    def runs(self) -> str:
+        """What was run where, and how much was not."""
+        jobs, rows = list(self.manifest.jobs()), []
+        for job in jobs:
+            result = read_results(self.manifest, job.run).get(job.seed)
+            if result is None:
+                continue
+            where = f'{result["device"]}, {result["threads"]} threads, torch {result["versions"]["torch"]}'
+            minutes, speed = f'{result["wall_time"] / 60:.1f}', f'{result["images_per_second"]:.0f}'
+            rows.append([job.name, minutes, speed, where, str(result['commit'])[:9]])
+        finished = f'{len(rows)} of {len(jobs)} runs of the manifest are finished; the tables above tell which.'
+        return f'{finished}\n\n{markdown(["run", "minutes", "images/s", "device", "commit"], rows)}'
+
+    def summary(self) -> str:
+        """For the README: every finished comparison in a line."""
+        rows = []
+        for experiment in self.manifest.experiments.values():
+            for run in experiment.runs.values():
+                ours = last_top1(read_results(self.manifest, run))
+                if run.baseline is None or not ours:
+                    continue
+                plain = experiment.runs[run.baseline]
+                theirs = last_top1(read_results(self.manifest, plain))
+                paper = ['-' if value is None else f'{value:.2f}' for value in (run.paper, plain.paper)]
+                compared = compare(ours, theirs)[1]
+                rows.append(
+                    [experiment.title, run.name, spread(ours), spread(theirs), compared, f'{paper[0]} / {paper[1]}']
+                )
+        columns = ['experiment', 'run', 'accuracy (%)', 'its baseline (%)', 'verdict', 'paper: run / baseline (%)']
+        return markdown(columns, rows) if rows else 'No comparison is finished.'
+
+
+def fill(path: Path, sections: dict[str, Optional[str]]) -> None:
+    """Replace what stands between the markers of every section that has a text.
+
+    Raises:
+        ValueError: A marker is missing or there twice.
+    """
+    text = path.read_text()
+    for name, section in sections.items():
+        parts = re.split(rf'(<!-- /?{re.escape(name)} -->\n)', text)
+        if len(parts) != 5:
+            raise ValueError(
+                f'{path}: <!-- {name} --> and <!-- /{name} --> must be there once each, on their own lines'
+            )
+        if section is not None:
+            parts[2] = f'{section}\n'
+        text = ''.join(parts)
+    write_file(path, text)
+
+
+def checkpoint_table(root: Path = ROOT / 'hub_cards') -> str:
+    """The checkpoint directories with what their configs say was measured."""
+    rows = []
+    for file in sorted(root.glob('*/config.json')):
+        config = json.loads(file.read_text())
+        results, cost = Results.from_dict(config['results'], str(file)), model_cost(config['architecture'])
+        own = results.top1[results.seeds.index(results.seed)]
+        macs = '-' if config['pretrained_cfg']['input_size'] != list(cost.input_size) else f'{cost.macs / 1e6:.1f}'
+        name = f'[{file.parent.name}](hub_cards/{file.parent.name})'
+        rows.append([name, results.dataset, f'{own:.2f}', spread(results.top1), f'{cost.params / 1e6:.3f}', macs])
+    columns = ['checkpoint', 'data', 'top-1 (%)', 'mean ± std (n)', 'params (M)', 'MACs (M)']
+    return markdown(columns, rows)
+
+
+def write_report(manifest: Manifest, readme: Path = ROOT / 'README.md') -> None:
+    """Bring the report's and the README's tables and figures up to date."""
+    require('matplotlib', 'scipy')
+    report = Report(manifest)
+    sections = {name: report.experiment(experiment) for name, experiment in manifest.experiments.items()}
+    fill(manifest.folder / 'REPORT.md', {**sections, 'variance': report.variance(), 'runs': report.runs()})
+    fill(readme, {'checkpoints': checkpoint_table(), 'reproduction': report.summary()})
+
+
+def write_checkpoints(manifest: Manifest, runs: Path, root: Path = ROOT / 'hub_cards') -> None:
+    """Make `<model>.<data>` of the first seed of every finished run that the manifest marks, unless it is there."""
+    for experiment in manifest.experiments.values():
+        for run in experiment.runs.values():
+            folder, results = root / f'{run.model}.{run.data}', read_results(manifest, run)
+            if not run.checkpoint or run.seeds[0] not in results or folder.exists():
+                continue
+            first, weights = results[run.seeds[0]], runs / Job(run, run.seeds[0]).name / 'last.safetensors'
+            model: Any = load_net(str(weights))
+            metadata, trained_on = read_metadata(weights), timm.models.get_pretrained_cfg(run.model)
+            assert trained_on is not None
+            channels = len(first['mean'])
+            size = (28, 28) if run.data == 'mnist' else trained_on.input_size[1:]
+            model.pretrained_cfg.update(
+                input_size=(channels, *size), label_names=json.loads(metadata['classes']), license='apache-2.0'
+            )
+            others = [o for o in experiment.runs.values() if o.baseline == run.name or o.name == run.baseline]
+            comparison = {other.model: last_top1(read_results(manifest, other)) for other in others}
+            name, identifier = DATA[run.data]
+            save_checkpoint(
+                model,
+                folder,
+                Results(
+                    dataset=name,
+                    dataset_id=identifier,
+                    split='test',
+                    recipe=f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}',
+                    epochs=first['epochs'],
+                    seeds=list(results),
+                    top1=[round(value, 2) for value in last_top1(results)],
+                    seed=run.seeds[0],
+                    commit=str(first['commit']),
+                    description=run.about and f'{run.about[0].upper()}{run.about[1:]}.',
+                    comparison={name: [round(value, 2) for value in top1] for name, top1 in comparison.items() if top1},
+                ),
+            )
+            print(f'wrote {folder}')

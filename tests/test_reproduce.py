@@ -1,0 +1,228 @@
+"""The runner of the reproduction: its manifest, its resuming, and what its report computes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+
+from timm_weighted_skip.cli import build_parser
+from timm_weighted_skip.hub.checkpoint import validate_checkpoint
+from timm_weighted_skip.train.runs import task_of
+
+SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
+
+MANIFEST = """
+experiments:
+  small:
+    title: Two small nets on digits
+    data: digits
+    recipe: awm_cifar_short
+    seeds: [0, 1]
+    options: {epochs: 2, batch_size: 64, pad_crop: 0, torchcompile: false, lr: 0.02}
+    runs:
+      plain: {model: resnet14_cifar, options: {alternate_freeze: 0}, paper: 90.5}
+      awm: {model: awm_resnet14_cifar, options: {alternate_freeze: 1}, baseline: plain, checkpoint: true}
+"""
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The scripts' modules of manifest and report."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import reproduce_manifest
+    import reproduce_report
+
+    return reproduce_manifest, reproduce_report
+
+
+def start(folder, *args):
+    command = [sys.executable, str(SCRIPTS / 'reproduce.py'), '--manifest', str(folder / 'manifest.yaml')]
+    command += ['--runs', str(folder / 'runs'), '--jobs', '2', *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+
+
+def reproduce(folder, *args):
+    process = start(folder, *args)
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def test_every_run_of_the_manifest_is_a_command_that_asks_for_it(modules):
+    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
+    for job in manifest.jobs():
+        args = build_parser().parse_args(['train', *job.run.arguments(), '--seed', str(job.seed)])
+        task, seeds, _ = task_of(args)
+        assert (task.model, task.data, task.recipe_name, seeds) == (
+            job.run.model,
+            job.run.data,
+            job.run.recipe,
+            [job.seed],
+        )
+        assert task.recipe == job.run.recipe_of(job.seed)
+
+
+def test_baselines_are_trained_as_long_on_the_same_data(modules):
+    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
+    compared = [
+        (e.runs[run.baseline], run) for e in manifest.experiments.values() for run in e.runs.values() if run.baseline
+    ]
+    assert len(compared) > 20
+    for plain, run in compared:
+        assert (plain.data, plain.recipe, plain.epochs(), plain.seeds) == (
+            run.data,
+            run.recipe,
+            run.epochs(),
+            run.seeds,
+        )
+
+
+def test_a_checkpoint_directory_has_one_run(modules):
+    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
+    runs = [run for e in manifest.experiments.values() for run in e.runs.values() if run.checkpoint]
+    assert len({(run.model, run.data) for run in runs}) == len(runs)
+
+
+def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, modules, capsys):
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST)
+    status, out, err = reproduce(tmp_path, '--only', '*/seed0')
+    assert (status, '2 runs finished, 0 failed, 0 left' in out) == (0, True), err
+    status, out, err = reproduce(tmp_path)
+    assert (status, '2 runs finished' in out) == (0, True), err  # those of seed 1
+    assert 'nothing to do' in reproduce(tmp_path)[1]
+
+    read_manifest, report = modules[0].read_manifest, modules[1]
+    manifest = read_manifest(tmp_path / 'manifest.yaml')
+    results = report.read_results(manifest, manifest.experiments['small'].runs['awm'])
+    assert list(results) == [0, 1]
+    for seed, result in results.items():
+        kept = json.loads((tmp_path / f'runs/small/awm/seed{seed}/result.json').read_text())
+        assert {name: result[name] for name in kept} == kept
+        assert [(line['epoch'], line['phase']) for line in result['curve']] == [(0, 'backbone'), (1, 'gates')]
+
+    readme, sections = tmp_path / 'README.md', tmp_path / 'REPORT.md'
+    sections.write_text(''.join(f'# {n}\n<!-- {n} -->\n<!-- /{n} -->\nkept\n' for n in ('small', 'variance', 'runs')))
+    readme.write_text(
+        ''.join(f'<!-- {name} -->\nold\n<!-- /{name} -->\nkept\n' for name in ('checkpoints', 'reproduction'))
+    )
+    report.write_report(manifest, readme)
+    text = sections.read_text()
+    assert text.count('kept') == 3
+    assert '| awm | 2 |' in text
+    assert 'old' not in readme.read_text()
+    assert all((tmp_path / path).is_file() for path in ('figures/small-curves.svg', 'figures/small-awm-weights.svg'))
+    report.write_report(manifest, readme)
+    assert sections.read_text() == text  # the same results, the same report
+
+    report.write_checkpoints(manifest, tmp_path / 'runs', tmp_path / 'cards')
+    (folder,) = (tmp_path / 'cards').iterdir()
+    assert folder.name == 'awm_resnet14_cifar.digits'
+    validate_checkpoint(folder)
+    measured = json.loads((folder / 'config.json').read_text())['results']
+    assert measured['top1'] == [round(result['last']['top1'], 2) for result in results.values()]
+    assert list(measured['comparison']) == ['resnet14_cifar']
+
+
+def test_killed_and_interrupted_it_goes_on(tmp_path):
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('epochs: 2', 'epochs: 6'))
+    log = tmp_path / 'runs/small/awm/seed0/log.jsonl'
+
+    def wait_for_lines(count, process):
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b'\n') < count):
+            time.sleep(0.01)
+
+    process = start(tmp_path, '--only', '*/awm/seed0')
+    wait_for_lines(1, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, '1 left; the same command goes on' in out) == (0, True), err
+
+    process = start(tmp_path, '--only', '*/awm/seed0')
+    wait_for_lines(3, process)
+    process.kill()  # its training lives on
+    process.communicate()
+    status, _, err = reproduce(tmp_path, '--only', '*/awm/seed0')
+    if status:  # it was refused while the other trains
+        assert 'another process is training' in err
+        wait_for_lines(6, subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']))
+        time.sleep(2)
+        status, _, err = reproduce(tmp_path, '--only', '*/awm/seed0')
+    assert status == 0, err
+    result = json.loads((tmp_path / 'results/small/awm.seed0.json').read_text())
+    assert [line['epoch'] for line in result['curve']] == list(range(6))
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+    (tmp_path / 'manifest.yaml').write_text(
+        MANIFEST.replace('{alternate_freeze: 1}', '{alternate_freeze: 1, lr: 1e30}')
+    )
+    status, out, err = reproduce(tmp_path, '--only', '*/seed0')
+    assert status == 1
+    assert '1 runs finished, 1 failed, 0 left' in out
+    assert 'small/awm/seed0 failed: weighted-skip: the loss is nan' in err
+
+
+def test_out_of_time_it_saves_and_says_what_is_left(tmp_path):
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('epochs: 2', 'epochs: 999'))
+    status, out, err = reproduce(tmp_path, '--only', '*/plain/*', '--budget', '0.2')
+    assert (status, '0 runs finished, 0 failed, 2 left' in out) == (0, True), err
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (('lr: 0.02', 'learning_rate: 0.02'), 'learning_rate'),
+        (('baseline: plain', 'baseline: plane'), "baseline 'plane' is no run of small"),
+        (('model: resnet14_cifar', 'model: resnet15_cifar'), "no model 'resnet15_cifar'"),
+        (('recipe: awm_cifar_short', 'recipe: awm'), "no recipe 'awm'"),
+        (('seeds: [0, 1]', 'seed: 0'), 'small'),
+        (('experiments:', 'trials:'), 'no experiments'),
+    ],
+    ids=str,
+)
+def test_a_bad_manifest_is_refused(tmp_path, modules, change, message):
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        modules[0].read_manifest(tmp_path / 'manifest.yaml')
+
+
+def test_verdicts(modules):
+    compare = modules[1].compare
+    # Welch's t by hand: means 2 and 12, both variances 1, n = 3: 10 +- 2.776 * sqrt(2/3)
+    assert compare([11.0, 12, 13], [1.0, 2, 3]) == ('+10.00 [+7.73, +12.27]', 'better')
+    assert compare([1.0, 2, 3], [11.0, 12, 13]) == ('-10.00 [-12.27, -7.73]', 'worse')
+    assert compare([1.0, 2, 3], [1.5, 2.5, 3.5])[1] == 'within noise'
+    assert compare([1.0], [2.0, 3.0]) == ('-1.50', 'one seed: no verdict')
+    assert compare([], [1.0]) == ('-', '-')
+
+
+def test_a_missing_marker_is_named_and_nothing_is_written(tmp_path, modules):
+    path = tmp_path / 'REPORT.md'
+    path.write_text('<!-- a -->\n<!-- /a -->\n')
+    with pytest.raises(ValueError, match='<!-- b -->'):
+        modules[1].fill(path, {'a': 'text', 'b': 'text'})
+    assert path.read_text() == '<!-- a -->\n<!-- /a -->\n'
+
+
+def test_the_report_is_that_of_the_results(modules, tmp_path):
+    """What the repository shows was made from the results that it has, and of no other."""
+    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
+    report, text = modules[1].Report(manifest), (SCRIPTS / 'reproduce' / 'REPORT.md').read_text()
+    for experiment in manifest.experiments.values():
+        assert modules[1].accuracy_table(manifest, experiment) in text
+    assert report.runs() in text
+    readme = (SCRIPTS.parent / 'README.md').read_text()
+    assert report.summary() in readme
+    assert modules[1].checkpoint_table() in readme
+
+
+def test_checkpoints_of_the_manifest_are_registered(modules):
+    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
+    for experiment in manifest.experiments.values():
+        for run in experiment.runs.values():
+            if run.checkpoint and run.seeds[0] in modules[1].read_results(manifest, run):
+                assert f'{run.model}.{run.data}' in timm.list_pretrained(f'{run.model}.*')
