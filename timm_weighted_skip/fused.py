@@ -25,11 +25,14 @@ _enabled = True
 # The largest error that recovering `F` may cost, relative to sum(|g * s|). In 32 bits it takes lam1 from about 0.06 up.
 TOLERANCE = 2e-6
 
+# Elements of one image's map from which `expand_relu` is faster than `mapping_relu`.
+SMALLEST_IMAGE = 2**15
+
 
 def set_fused_merge(enable: bool = True) -> None:
     """Whether blocks may merge and apply their ReLU in one step, for every net of this process; on by default.
 
-    A net's outputs are the same to the last bit either way, its gradients up to rounding.
+    A net computes the same either way, up to rounding; weights at identity give the plain net's output to the last bit.
     """
     global _enabled
     _enabled = enable
@@ -42,20 +45,52 @@ def can_fuse(merge: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut:
     exporting or tracing, under `torch.func` and forward-mode transforms, or where a hook waits for the merge or the
     activation.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _enabled:
-        return False
     return (
-        type(act) is nn.ReLU
+        _is_eager()
+        and type(act) is nn.ReLU
         and 'merge_relu' in vars(type(merge))  # a subclass may have another `forward`
-        and type(residual) is type(shortcut) is torch.Tensor  # neither a proxy of FX nor a subclass
+        and _is_plain_map(residual)
+        and _is_plain_map(shortcut)
         and residual.dtype == shortcut.dtype
-        and residual.dtype in (torch.float32, torch.float64)
-        and residual.device.type == shortcut.device.type == 'cpu'
         and residual.shape == shortcut.shape
-        and residual.numel() > 0
         and not (_is_hooked(merge) or _is_hooked(act))
+    )
+
+
+def can_fuse_expansion(merge: nn.Module, conv: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `merge.expand_relu(x, shortcut, conv, norm)` may stand for `act(merge(norm(conv(x)), shortcut))`.
+
+    It may where `can_fuse` holds, without gradients, for a pointwise `conv` and a plain batch norm in eval mode. Maps
+    are then handled image by image, which small ones do not repay.
+    """
+    return (
+        _is_eager()
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
+        and type(act) is nn.ReLU
+        and 'expand_relu' in vars(type(merge))
+        and getattr(merge, 'gate', None) is not None
+        and type(conv) is nn.Conv2d
+        and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+        and type(norm) is nn.BatchNorm2d
+        and not (norm.training or norm.running_mean is None or norm.weight is None)
+        and _is_plain_map(x)
+        and conv.out_channels * x.shape[2:].numel() >= SMALLEST_IMAGE
+        and not any(map(_is_hooked, (merge, conv, norm, act)))
+    )
+
+
+def _is_eager() -> bool:
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _enabled
+
+
+def _is_plain_map(x: torch.Tensor) -> bool:
+    return (
+        type(x) is torch.Tensor  # neither a proxy of FX nor a subclass
+        and x.dtype in (torch.float32, torch.float64)
+        and x.device.type == 'cpu'
+        and x.numel() > 0
         and not torch._C._are_functorch_transforms_active()  # has no public name
-        and unpack_dual(residual).tangent is unpack_dual(shortcut).tangent is None
+        and unpack_dual(x).tangent is None
     )
 
 
@@ -79,6 +114,26 @@ def mapping_relu(residual: torch.Tensor, shortcut: torch.Tensor, gate: nn.Module
         of_residual, of_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         return F.relu(torch.addcmul(of_residual * residual, of_shortcut, shortcut))
     return _MappingReLU.apply(residual, shortcut, weight, link)
+
+
+def expand_relu(
+    x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.Module, gate: nn.Module
+) -> torch.Tensor:
+    """`relu(w1 * F + w2 * shortcut)` of `F = norm(conv(x))`, with the weights known before `F` is.
+
+    A pointwise convolution and a batch norm in eval mode are affine, so `GAP(F) = norm(conv(GAP(x)))`, and in a
+    bottleneck `x` has a quarter of the channels. With `w1` at hand the norm's own pass multiplies by it, as its weight
+    and bias. At `w1 = 1` these are the norm's to the last bit, and the kernel is the one that the plain net runs.
+    Image by image, what a pass writes is still in the cache when the next one reads it.
+    """
+    of_residual = norm(conv(x.flatten(2).mean(2)[..., None, None]))  # (N, C, 1, 1)
+    weight = gate(torch.cat([of_residual.flatten(1), shortcut.flatten(2).mean(2)], dim=1)).to(x.dtype)  # (N, 2)
+    y = conv(x)  # (N, C, H, W)
+    scaled = weight[:, :1] * norm.weight, weight[:, :1] * norm.bias  # (N, C)
+    for image, s, gamma, beta, w2 in zip(y.split(1), shortcut.split(1), *scaled, weight[:, 1], strict=True):
+        residual = F.batch_norm(image, norm.running_mean, norm.running_var, gamma, beta, eps=norm.eps)
+        torch.addcmul(residual, w2, s, out=image)
+    return y.relu_()
 
 
 def _recoverable(weight: torch.Tensor) -> bool:
