@@ -106,9 +106,11 @@ def test_weights_near_zero_lose_no_gradient(log_lam1, dtype):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=5e-5 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize('name', ['mapping', 'skip'])
-def test_first_and_second_derivatives(name):
-    merge = MERGES[name]()
+@pytest.mark.parametrize('name', ['mapping', 'skip', 'kept'])
+def test_first_and_second_derivatives(name, monkeypatch):
+    if name == 'kept':
+        monkeypatch.setattr(fused, '_recoverable', lambda weight: False)
+    merge = MERGES['mapping' if name == 'kept' else name]()
     inputs = [torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     args = (*inputs, *merge.parameters())
     assert torch.autograd.gradcheck(lambda residual, shortcut, *_: single(merge, residual, shortcut), args)
