@@ -78,7 +78,6 @@ def can_fuse_expansion(merge: nn.Module, conv: nn.Module, norm: nn.Module, act: 
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
         and type(act) is nn.ReLU
         and 'expand_relu' in vars(type(merge))
-        and getattr(merge, 'gate', None) is not None
         and type(conv) is nn.Conv2d
         and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
         and type(norm) is nn.BatchNorm2d
@@ -128,7 +127,7 @@ def mapping_relu(residual: torch.Tensor, shortcut: torch.Tensor, gate: nn.Module
 
 
 def expand_relu(
-    x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.Module, gate: nn.Module
+    x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.BatchNorm2d, gate: nn.Module
 ) -> torch.Tensor:
     """`relu(w1 * F + w2 * shortcut)` of `F = norm(conv(x))`, with the weights known before `F` is.
 

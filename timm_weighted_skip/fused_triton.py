@@ -99,6 +99,11 @@ def _skip_gradients(
     tl.store(partial + image * tl.num_programs(1) + tl.program_id(1), dot)
 
 
+def _arranged(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`grad` with its elements in the order of `like`."""
+    return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
+
+
 def _grid(x: torch.Tensor) -> tuple[int, int]:
     return len(x), triton.cdiv(x[0].numel(), BLOCK)
 
@@ -122,7 +127,7 @@ def merge_relu(
 
 def dots(grad: torch.Tensor, residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The gradient of `weight`, (N, 2): `sum(g * residual)` and `sum(g * shortcut)` with `g` from before the ReLU."""
-    grad = grad.contiguous(memory_format=layout_of(residual, shortcut))
+    grad = _arranged(grad, residual)
     acc, dtype = _precision(grad)
     partial = torch.empty(*_grid(grad), 2, dtype=dtype, device=grad.device)
     with torch.cuda.device_of(grad):
@@ -134,8 +139,7 @@ def gradients(
     grad: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, share: Optional[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of both maps: the merge's, and each channel's `share`, (N, 2C), that its mean gives every pixel."""
-    layout = layout_of(y)
-    grad = grad.contiguous(memory_format=layout)
+    grad = _arranged(grad, y)
     outputs = torch.empty_like(y), torch.empty_like(y)
     channels, pixels = y.shape[1], y.shape[2:].numel()
     if share is None:
@@ -144,7 +148,7 @@ def gradients(
         _gradients[_grid(y)](
             *outputs,
             *(grad, y, weight.contiguous(), share.contiguous()),
-            *(channels * pixels, channels, pixels, layout == torch.channels_last, _precision(y)[0], BLOCK),
+            *(channels * pixels, channels, pixels, layout_of(y) == torch.channels_last, _precision(y)[0], BLOCK),
         )
     return outputs
 
@@ -153,7 +157,7 @@ def skip_gradients(
     grad: torch.Tensor, y: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of both maps and of the scalar `weight`."""
-    grad = grad.contiguous(memory_format=layout_of(y, shortcut))
+    grad = _arranged(grad, y)
     of_residual, of_shortcut = torch.empty_like(y), torch.empty_like(y)
     acc, dtype = _precision(y)
     partial = torch.empty(_grid(y), dtype=dtype, device=y.device)

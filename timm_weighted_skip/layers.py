@@ -218,8 +218,12 @@ class ActiveWeightedMapping(nn.Module):
             return residual.add_(shortcut).relu_()
         return fused.mapping_relu(residual, shortcut, self.gate)
 
-    def expand_relu(self, x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.Module) -> torch.Tensor:
+    def expand_relu(
+        self, x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.BatchNorm2d
+    ) -> torch.Tensor:
         """`relu(self(norm(conv(x)), shortcut))` in eval mode."""
+        if self.gate is None:
+            return self.merge_relu(norm(conv(x)), shortcut)
         return fused.expand_relu(x, shortcut, conv, norm, self.gate)
 
 
