@@ -39,6 +39,7 @@ from torch.profiler import profile
 from timm_weighted_skip import set_fused_merge
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
+from timm_weighted_skip.models.blocks import WeightedBottleneck
 
 # Plain net -> what is compared with it.
 BACKBONES = {
@@ -52,7 +53,8 @@ BACKBONES = {
 # Passes over a feature map, read or written, that a merge and its ReLU need: (forward, backward).
 # Plain: read F and s, write y; read g and y, write the gradient that both paths share.
 # Ada: as plain; backward reads s for dL/dw and writes a gradient of its own for s.
-# AWM: both maps are read once more for their means; backward first reads g, y and s for dL/dlam, then g and y again to
+# AWM: both maps are read once more for their means (in eval a bottleneck's branch where it has a quarter of the
+# channels, before its last convolution); backward first reads g, y and s for dL/dlam, then g and y again to
 # write two gradients, since the gate's own gradient enters them.
 # Concat, which a plain DenseNet has not: one pass for the means, one to scale; backward reads g and x, then g, and
 # writes.
@@ -155,16 +157,19 @@ def peak_bytes(net: Net, device: torch.device) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def extra_bytes(net: Net) -> int:
+def extra_bytes(net: Net) -> float:
     """Bytes that the merges of `net` must move in a step beyond what plain sums and concatenations do."""
-    total = 0
+    total = 0.0
+    expanded = {block.merge for block in net.model.modules() if isinstance(block, WeightedBottleneck)}
 
     def count(merge: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal total
         if not merge.state_dict():  # plain
             return
         passes, plain = PASSES[type(merge)], PLAIN_PASSES[type(merge)]
-        extra = passes[0] - plain[0] + (passes[1] - plain[1] if net.train else 0)
+        extra: float = passes[0] - plain[0] + (passes[1] - plain[1] if net.train else 0)
+        if type(merge) is ActiveWeightedMapping and merge in expanded and not net.train:
+            extra -= 0.75
         total += extra * output.numel() * output.element_size()
 
     handles = [m.register_forward_hook(count) for m in net.model.modules() if type(m) in PASSES]

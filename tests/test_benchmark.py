@@ -47,6 +47,14 @@ def test_compares_with_the_plain_net(benchmark, tmp_path, capsys):
     assert '| awm_resnet14_cifar | 0.183 | 26.7 |' in capsys.readouterr().out
 
 
+def test_a_bottleneck_in_eval_pools_a_quarter_of_its_branch(benchmark, tmp_path):
+    run = ['--models', 'awm_resnet50', '--img-size', '64', '--batch-size', '1', '--rounds', '2', '--warmup', '1']
+    assert benchmark(*run, '--json', str(tmp_path / 'rows.json')) == 0
+    plain, awm = json.loads((tmp_path / 'rows.json').read_text())['rows']
+    maps = 4 * (3 * 256 * 16 * 16 + 4 * 512 * 8 * 8 + 6 * 1024 * 4 * 4 + 3 * 2048 * 2 * 2)
+    assert (awm['bound'] - 1) * plain['ms'] * 1e7 == pytest.approx(1.25 * maps)
+
+
 def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
     setting = dict(device='cpu', threads='1', rounds='21', torch='2.9', timm='1.0', compile='False', amp='False')
 
