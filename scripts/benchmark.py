@@ -2,6 +2,7 @@
 """Time our nets beside timm's plain, SE, ECA, SK and dense ones, and count what they keep in memory.
 
     scripts/benchmark.py [--models awm_resnet50 seresnet50] [--mode eval|train|import] [--compile] [--json FILE]
+    scripts/benchmark.py --readme scripts/results/*.json  # the README's table, from the files of runs
 
 Every net is compared with the plain net of its backbone, which runs beside it in the same process: in each round every
 net of a backbone takes one step, in an order that rotates. `ratio` is the median over the rounds of a net's time over
@@ -38,6 +39,7 @@ from torch.profiler import profile
 from timm_weighted_skip import set_fused_merge
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
+from timm_weighted_skip.models.blocks import WeightedBottleneck
 
 # Plain net -> what is compared with it.
 BACKBONES = {
@@ -51,7 +53,8 @@ BACKBONES = {
 # Passes over a feature map, read or written, that a merge and its ReLU need: (forward, backward).
 # Plain: read F and s, write y; read g and y, write the gradient that both paths share.
 # Ada: as plain; backward reads s for dL/dw and writes a gradient of its own for s.
-# AWM: both maps are read once more for their means; backward first reads g, y and s for dL/dlam, then g and y again to
+# AWM: both maps are read once more for their means (in eval a bottleneck's branch where it has a quarter of the
+# channels, before its last convolution); backward first reads g, y and s for dL/dlam, then g and y again to
 # write two gradients, since the gate's own gradient enters them.
 # Concat, which a plain DenseNet has not: one pass for the means, one to scale; backward reads g and x, then g, and
 # writes.
@@ -154,16 +157,19 @@ def peak_bytes(net: Net, device: torch.device) -> int:
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def extra_bytes(net: Net) -> int:
+def extra_bytes(net: Net) -> float:
     """Bytes that the merges of `net` must move in a step beyond what plain sums and concatenations do."""
-    total = 0
+    total = 0.0
+    expanded = {block.merge for block in net.model.modules() if isinstance(block, WeightedBottleneck)}
 
     def count(merge: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal total
         if not merge.state_dict():  # plain
             return
         passes, plain = PASSES[type(merge)], PLAIN_PASSES[type(merge)]
-        extra = passes[0] - plain[0] + (passes[1] - plain[1] if net.train else 0)
+        extra: float = passes[0] - plain[0] + (passes[1] - plain[1] if net.train else 0)
+        if type(merge) is ActiveWeightedMapping and merge in expanded and not net.train:
+            extra -= 0.75
         total += extra * output.numel() * output.element_size()
 
     handles = [m.register_forward_hook(count) for m in net.model.modules() if type(m) in PASSES]
@@ -221,6 +227,39 @@ def table(rows: list[Row], plain: str) -> str:
     return '\n'.join(lines)
 
 
+def readme_table(files: list[Path]) -> str:
+    """What runs with `--json` measured, in short: a row for each net that is not plain, a column for each kind of run.
+
+    Raises:
+        OSError, ValueError: A file can't be read, or is none of `--json`.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    settings: set[str] = set()
+    for file in files:
+        try:
+            run = json.loads(file.read_text())
+            setting, rows = run['setting'], {row['model']: row for row in run['rows']}
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f'{file} is not a file that --json wrote') from error
+        flags = [name.replace('_', ' ') for name in ('compile', 'amp', 'channels_last') if setting[name] == 'True']
+        times, saved = ', '.join([setting['mode'], *flags]), ', '.join(['saved', *flags])
+        for name, row in rows.items():
+            if name != (plain := plain_of(name)):
+                low, middle, high = row['ratio']
+                columns.setdefault(times, {})[name] = f'{middle:.3f} [{low:.3f}, {high:.3f}]'
+                if row['saved']:
+                    columns.setdefault(saved, {})[name] = f'{row["saved"] / rows[plain]["saved"]:.3f}'
+        threads = f', {setting["threads"]} thread' if setting['device'] == 'cpu' else ''
+        versions = f'torch {setting["torch"]}, timm {setting["timm"]}'
+        settings.add(f'{setting["device"]}{threads}, {setting["rounds"]} rounds, {versions}')
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    lines = [['model', *columns], ['---', *['---:'] * len(columns)]]
+    lines += [[name, *(column.get(name, '-') for column in columns.values())] for name in names]
+    return '\n'.join(
+        [*(f'| {" | ".join(line)} |' for line in lines), '', f'Measured on: {"; ".join(sorted(settings))}.']
+    )
+
+
 def import_ms(rounds: int) -> tuple[float, float]:
     """Milliseconds that importing timm takes, and this package after it; medians over fresh interpreters."""
     code = (
@@ -254,7 +293,14 @@ def main() -> int:
     parser.add_argument('--warmup', type=positive, default=3)
     parser.add_argument('--threads', type=positive, default=1)
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here, too')
+    parser.add_argument('--readme', nargs='+', type=Path, metavar='FILE', help="only print these files' table")
     args = parser.parse_args()
+    if args.readme:
+        try:
+            print(readme_table(args.readme))
+        except (OSError, ValueError) as error:
+            parser.error(f'--readme: {error}')
+        return 0
     unknown = [name for name in args.models or () if not timm.is_model(name)]
     if unknown:
         parser.error(f'--models: unknown {", ".join(unknown)}; `weighted-skip list` and timm.list_models() name them')

@@ -1,4 +1,4 @@
-"""The benchmark script: what it counts, and what it refuses. Nothing here depends on time."""
+"""The benchmark scripts: what they count, and what they refuse. Nothing here depends on time."""
 
 import importlib.util
 import json
@@ -10,11 +10,16 @@ PATH = Path(__file__).resolve().parent.parent / 'scripts' / 'benchmark.py'
 SMALL = ['--models', 'awm_resnet14_cifar', 'adaresnet14_cifar', '--batch-size', '2', '--rounds', '2', '--warmup', '1']
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location('benchmark', PATH)
+def script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    module = script(PATH)
     monkeypatch.setattr(module, 'copy_speed', lambda device: 1e7)
     monkeypatch.setattr(module.torch, 'set_num_threads', lambda n: None)
 
@@ -42,6 +47,45 @@ def test_compares_with_the_plain_net(benchmark, tmp_path, capsys):
     assert '| awm_resnet14_cifar | 0.183 | 26.7 |' in capsys.readouterr().out
 
 
+def test_a_bottleneck_in_eval_pools_a_quarter_of_its_branch(benchmark, tmp_path):
+    run = ['--models', 'awm_resnet50', '--img-size', '64', '--batch-size', '1', '--rounds', '2', '--warmup', '1']
+    assert benchmark(*run, '--json', str(tmp_path / 'rows.json')) == 0
+    plain, awm = json.loads((tmp_path / 'rows.json').read_text())['rows']
+    maps = 4 * (3 * 256 * 16 * 16 + 4 * 512 * 8 * 8 + 6 * 1024 * 4 * 4 + 3 * 2048 * 2 * 2)
+    assert (awm['bound'] - 1) * plain['ms'] * 1e7 == pytest.approx(1.25 * maps)
+
+
+def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
+    setting = dict(device='cpu', threads='1', rounds='21', torch='2.9', timm='1.0', compile='False', amp='False')
+
+    def write(name, rows, **kwargs):
+        rows = [dict(model=model, ratio=ratio, saved=saved) for model, ratio, saved in rows]
+        (tmp_path / name).write_text(json.dumps(dict(setting={**setting, **kwargs}, rows=rows)))
+        return str(tmp_path / name)
+
+    train = write(
+        'train.json',
+        [('resnet18', [1, 1, 1], 200.0), ('awm_resnet18', [1.01, 1.0204, 1.03], 210.0)],
+        mode='train',
+        channels_last='True',
+    )
+    infer = write(
+        'eval.json',
+        [('resnet18', [1, 1, 1], 0.0), ('awm_resnet18', [0.9, 1, 1.1], 0.0), ('adaresnet18', [0.9, 1, 1], 0.0)],
+        mode='eval',
+        channels_last='False',
+    )
+    assert benchmark('--readme', infer, train) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        '| model | eval | train, channels last | saved, channels last |',
+        '| --- | ---: | ---: | ---: |',
+        '| awm_resnet18 | 1.000 [0.900, 1.100] | 1.020 [1.010, 1.030] | 1.050 |',
+        '| adaresnet18 | 1.000 [0.900, 1.000] | - | - |',
+        '',
+        'Measured on: cpu, 1 thread, 21 rounds, torch 2.9, timm 1.0.',
+    ]
+
+
 @pytest.mark.parametrize(
     ('name', 'plain'),
     [
@@ -62,9 +106,30 @@ def test_finds_the_plain_net(benchmark, name, plain):
         (['--models', 'awm_resnet51'], 'unknown awm_resnet51'),
         (['--rounds', '1'], '--rounds 1 has no quartiles; give 2 or more'),
         (['--batch-size', '0'], '0 is not allowed; give 1 or more'),
+        (['--readme', str(PATH)], 'benchmark.py is not a file that --json wrote'),
+        (['--readme', 'nowhere.json'], 'nowhere.json'),
     ],
 )
 def test_refuses_what_it_cannot_run(benchmark, args, message, capsys):
     with pytest.raises(SystemExit, match='2'):
         benchmark(*args)
     assert message in capsys.readouterr().err
+
+
+def test_deployed_forms_compute_what_the_nets_do(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(PATH.parent)
+    deploy = script(PATH.with_name('benchmark_deploy.py'))
+    monkeypatch.setattr(deploy.torch, 'set_num_threads', lambda n: None)
+    args = ['--models', 'awm_resnet14_cifar', '--forms', 'eager', 'onnx', 'int8', '--rounds', '2', '--warmup', '1']
+    monkeypatch.setattr('sys.argv', ['benchmark_deploy.py', *args])
+    try:
+        assert deploy.main() == 0
+    finally:
+        deploy.logging.disable(deploy.logging.NOTSET)
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        [form, name] for form in ('eager', 'onnx', 'int8') for name in ('resnet14_cifar', 'awm_resnet14_cifar')
+    ]
+    for form, _, _, _, error in rows:
+        least, most = {'eager': (0, 0), 'onnx': (0, 1e-4), 'int8': (1e-4, 0.1)}[form]
+        assert least <= float(error) <= most

@@ -1,13 +1,18 @@
 """The README: its snippets run, in order and in one session as a reader would run them, and its table is current."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import timm
 
 from timm_weighted_skip.analysis.listing import model_table
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+RESULTS = sorted((ROOT / 'scripts' / 'results').glob('*.json'))
 
 
 def test_snippets_run():
@@ -27,7 +32,15 @@ def test_model_table_is_the_printed_one(monkeypatch):
     assert shown == printed
 
 
+@pytest.mark.skipif(not RESULTS, reason='scripts/results has no measured runs')
+def test_benchmark_table_is_the_printed_one():
+    shown = re.search(r'<!-- benchmark -->\n(.*?)\n<!-- /benchmark -->', README, re.DOTALL).group(1)
+    script = ROOT / 'scripts' / 'benchmark.py'
+    run = subprocess.run([sys.executable, script, '--readme', *RESULTS], capture_output=True, text=True, check=True)
+    assert shown == run.stdout.rstrip()
+
+
 def test_every_script_that_is_named_exists():
     for script in set(re.findall(r'scripts/[\w.]+', README)):
-        assert (Path(__file__).parent.parent / script).exists(), script
+        assert (ROOT / script).exists(), script
     assert timm.is_model('awm_resnet50')

@@ -13,7 +13,10 @@ RESNET20 = [(f'layer{s}.{b}', 'projection' if s > 1 and b == 0 else 'identity') 
 
 
 def trained_gates(name, **kwargs):
-    model = timm.create_model(name, **kwargs)
+    return with_trained_gates(timm.create_model(name, **kwargs))
+
+
+def with_trained_gates(model):
     for module in model.modules():
         if isinstance(module, Gate):
             nn.init.normal_(module.fc2.weight)

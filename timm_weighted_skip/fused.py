@@ -1,15 +1,19 @@
 """The two-path merges and the ReLU after them as one step that makes no new feature map.
 
-In eager mode on a CPU a merge written as `relu(w1 * F + w2 * s)` spends most of its time on the memory of its four
+In eager mode a merge written as `relu(w1 * F + w2 * s)` spends most of its time on the memory of its four
 intermediate maps. The step here overwrites `F`, as timm's plain block does with `x += shortcut`, and keeps of the maps
 only `y` and `s` for the backward pass. It needs no `F` there: where the ReLU passes a gradient g, and only there,
 
     y = w1 * F + w2 * s,  so  sum(g * F) = (sum(g * y) - w2 * sum(g * s)) / w1
 
-The division loses precision as `w1` goes to 0, and then the plain formula is used. It is used, too, wherever its single
-operations are wanted or needed: see `can_fuse`. tests/test_fused.py holds both forms equal.
+The division loses precision as `w1` goes to 0, and then `F` is kept. On a GPU it always is: the host would have to wait
+for `w1`, and in 16 bits the loss is large. The kernels of `fused_triton` do the step there; without Triton it takes the
+same operations as on a CPU. The plain formula is used wherever its single operations are wanted or needed: see
+`can_fuse`. tests/test_fused.py holds both forms equal.
 """
 
+from functools import cache, partial
+from types import ModuleType
 from typing import Any, Optional
 
 import torch
@@ -22,14 +26,22 @@ __all__ = ['set_fused_merge']
 
 _enabled = True
 
+DTYPES = {
+    'cpu': (torch.float32, torch.float64),
+    'cuda': (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+
 # The largest error that recovering `F` may cost, relative to sum(|g * s|). In 32 bits it takes lam1 from about 0.06 up.
 TOLERANCE = 2e-6
+
+# Elements of one image's map from which `expand_relu` is faster than `mapping_relu`.
+SMALLEST_IMAGE = 2**15
 
 
 def set_fused_merge(enable: bool = True) -> None:
     """Whether blocks may merge and apply their ReLU in one step, for every net of this process; on by default.
 
-    A net's outputs are the same to the last bit either way, its gradients up to rounding.
+    A net computes the same either way, up to rounding; weights at identity give the plain net's output to the last bit.
     """
     global _enabled
     _enabled = enable
@@ -38,24 +50,56 @@ def set_fused_merge(enable: bool = True) -> None:
 def can_fuse(merge: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut: torch.Tensor) -> bool:
     """Whether `merge.merge_relu(residual, shortcut)` may stand for `act(merge(residual, shortcut))`.
 
-    It may in eager mode, for a ReLU and feature maps of 32 or 64 bits in the CPU's memory. It may not while compiling,
-    exporting or tracing, under `torch.func` and forward-mode transforms, or where a hook waits for the merge or the
-    activation.
+    It may in eager mode, for a ReLU and feature maps on a GPU, or of 32 or 64 bits on the CPU. It may not while
+    compiling, exporting or tracing, under `torch.func` and forward-mode transforms, or where a hook waits for the merge
+    or the activation.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _enabled:
-        return False
     return (
-        type(act) is nn.ReLU
+        _is_eager()
+        and type(act) is nn.ReLU
         and 'merge_relu' in vars(type(merge))  # a subclass may have another `forward`
-        and type(residual) is type(shortcut) is torch.Tensor  # neither a proxy of FX nor a subclass
+        and _is_plain_map(residual)
+        and _is_plain_map(shortcut)
+        and residual.device == shortcut.device
         and residual.dtype == shortcut.dtype
-        and residual.dtype in (torch.float32, torch.float64)
-        and residual.device.type == shortcut.device.type == 'cpu'
         and residual.shape == shortcut.shape
-        and residual.numel() > 0
         and not (_is_hooked(merge) or _is_hooked(act))
+    )
+
+
+def can_fuse_expansion(merge: nn.Module, conv: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `merge.expand_relu(x, shortcut, conv, norm)` may stand for `act(merge(norm(conv(x)), shortcut))`.
+
+    It may where `can_fuse` holds, on a CPU and without gradients, for a pointwise `conv` and a plain batch norm in eval
+    mode. Maps are then handled image by image, which small ones do not repay.
+    """
+    return (
+        _is_eager()
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
+        and type(act) is nn.ReLU
+        and 'expand_relu' in vars(type(merge))
+        and type(conv) is nn.Conv2d
+        and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
+        and type(norm) is nn.BatchNorm2d
+        and not (norm.training or norm.running_mean is None or norm.weight is None)
+        and _is_plain_map(x)
+        and x.device.type == 'cpu'
+        and conv.out_channels * x.shape[2:].numel() >= SMALLEST_IMAGE
+        and not any(map(_is_hooked, (merge, conv, norm, act)))
+    )
+
+
+def _is_eager() -> bool:
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _enabled
+
+
+def _is_plain_map(x: torch.Tensor) -> bool:
+    return (
+        type(x) is torch.Tensor  # neither a proxy of FX nor a subclass
+        and x.dtype in DTYPES.get(x.device.type, ())
+        and x.numel() > 0
         and not torch._C._are_functorch_transforms_active()  # has no public name
-        and unpack_dual(residual).tangent is unpack_dual(shortcut).tangent is None
+        and unpack_dual(x).tangent is None
     )
 
 
@@ -67,18 +111,56 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def skip_relu(residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`relu(residual + weight * shortcut)` of a scalar `weight`, overwriting `residual`."""
-    return _SkipReLU.apply(residual, shortcut, weight.to(residual.dtype))
+    return _SkipReLU.apply(residual, shortcut, weight.to(residual.dtype), _kernels(residual, shortcut))
 
 
 def mapping_relu(residual: torch.Tensor, shortcut: torch.Tensor, gate: nn.Module) -> torch.Tensor:
     """`relu(w1 * residual + w2 * shortcut)` with `w = gate(concat(GAP(residual), GAP(shortcut)))`, over `residual`."""
-    link: dict[str, torch.Tensor] = {}
-    z, residual, shortcut = _Means.apply(residual, shortcut, link)  # (N, 2C)
+    link: dict[str, Any] = {}
+    kernels = _kernels(residual, shortcut)
+    z, passed = _Means.apply(residual, shortcut, link)  # z: (N, 2C)
     weight = gate(z).to(residual.dtype)  # (N, 2)
-    if torch.is_grad_enabled() and not _recoverable(weight.detach()):
-        of_residual, of_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
-        return F.relu(torch.addcmul(of_residual * residual, of_shortcut, shortcut))
-    return _MappingReLU.apply(residual, shortcut, weight, link)
+    keep = torch.is_grad_enabled() and (
+        kernels is not None or residual.device.type != 'cpu' or not _recoverable(weight.detach())
+    )
+    return _MappingReLU.apply(passed, shortcut, weight, residual if keep else None, link, kernels)
+
+
+def expand_relu(
+    x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.BatchNorm2d, gate: nn.Module
+) -> torch.Tensor:
+    """`relu(w1 * F + w2 * shortcut)` of `F = norm(conv(x))`, with the weights known before `F` is.
+
+    A pointwise convolution and a batch norm in eval mode are affine, so `GAP(F) = norm(conv(GAP(x)))`, and in a
+    bottleneck `x` has a quarter of the channels. With `w1` at hand the norm's own pass multiplies by it, as its weight
+    and bias. At `w1 = 1` these are the norm's to the last bit, and the kernel is the one that the plain net runs.
+    Image by image, what a pass writes is still in the cache when the next one reads it.
+    """
+    of_residual = norm(conv(x.flatten(2).mean(2)[..., None, None]))  # (N, C, 1, 1)
+    weight = gate(torch.cat([of_residual.flatten(1), shortcut.flatten(2).mean(2)], dim=1)).to(x.dtype)  # (N, 2)
+    y = conv(x)  # (N, C, H, W)
+    scaled = weight[:, :1] * norm.weight, weight[:, :1] * norm.bias  # (N, C)
+    for image, s, gamma, beta, w2 in zip(y.split(1), shortcut.split(1), *scaled, weight[:, 1], strict=True):
+        residual = F.batch_norm(image, norm.running_mean, norm.running_var, gamma, beta, eps=norm.eps)
+        torch.addcmul(residual, w2, s, out=image)
+    return y.relu_()
+
+
+def _kernels(residual: torch.Tensor, shortcut: torch.Tensor) -> Optional[ModuleType]:
+    """`fused_triton`, if it can be used for these maps."""
+    kernels = _kernels_of(residual.device)
+    return kernels if kernels and kernels.layout_of(residual, shortcut) is not None else None
+
+
+@cache
+def _kernels_of(device: torch.device) -> Optional[ModuleType]:
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device) < (7, 0):  # Triton's oldest
+        return None
+    try:
+        from timm_weighted_skip import fused_triton
+    except ImportError:
+        return None
+    return fused_triton
 
 
 def _recoverable(weight: torch.Tensor) -> bool:
@@ -92,86 +174,109 @@ def _through_relu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
-def _sum(own: Optional[torch.Tensor], share: Optional[torch.Tensor], into_own: bool = False) -> Optional[torch.Tensor]:
-    """The sum of what there is."""
-    if own is None or share is None:
-        return own if share is None else share
-    return own.add_(share) if into_own else own + share
+def _sum(own: torch.Tensor, share: Optional[torch.Tensor], overwrite: bool) -> torch.Tensor:
+    if share is None:
+        return own
+    return own.add_(share) if overwrite else own + share
 
 
 class _SkipReLU(Function):
     @staticmethod
-    def forward(ctx: Any, residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        y = residual.detach().addcmul_(weight, shortcut).relu_()
+    def forward(
+        ctx: Any, residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor, kernels: Optional[ModuleType]
+    ) -> torch.Tensor:
+        if kernels is None:
+            y = residual.detach().addcmul_(weight, shortcut).relu_()
+        else:
+            y = kernels.merge_relu(residual, shortcut, weight)
+        ctx.kernels = kernels
         ctx.save_for_backward(y, shortcut if ctx.needs_input_grad[2] else None, weight)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         y, shortcut, weight = ctx.saved_tensors
+        if ctx.kernels is not None and shortcut is not None and not torch.is_grad_enabled():
+            return *ctx.kernels.skip_gradients(grad, y, shortcut, weight), None
         grad = _through_relu(grad, y)
         of_weight = (grad * shortcut).sum() if ctx.needs_input_grad[2] else None
-        return grad, grad * weight if ctx.needs_input_grad[1] else None, of_weight
+        return grad, grad * weight if ctx.needs_input_grad[1] else None, of_weight, None
 
 
 class _Means(Function):
-    """Passes both maps on, beside their channel means, and completes the gradient of `_MappingReLU`.
+    """The channel means of both maps, and the gradient that `_MappingReLU` passes to them.
 
     The two share `link`, so that a map's gradient, which has a part from the merge and one from its mean, is written
     once. Forward: the merge comes after the gate, which needs the means. Backward: the means come after the gate, which
-    needs dL/dw from the merge; `_MappingReLU` therefore hands on the gradient before its weights, and leaves those in
-    `link`.
+    needs dL/dw from the merge; `_MappingReLU` therefore hands on the gradient before its weights, through the residual
+    that is passed on here, and leaves in `link` what makes both maps' gradients of it. The maps that it reads itself do
+    not come through here: double backward gives those gradients of their own, which no weight is to multiply.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, residual: torch.Tensor, shortcut: torch.Tensor, link: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx: Any, residual: torch.Tensor, shortcut: torch.Tensor, link: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.link, ctx.size = link, residual.shape[2:]
         ctx.set_materialize_grads(False)
-        return torch.cat([residual.flatten(2).mean(2), shortcut.flatten(2).mean(2)], dim=1), residual, shortcut
+        return torch.cat([residual.flatten(2).mean(2), shortcut.flatten(2).mean(2)], dim=1), residual
 
     @staticmethod
     def backward(
-        ctx: Any, of_z: Optional[torch.Tensor], of_residual: Optional[torch.Tensor], of_shortcut: Optional[torch.Tensor]
+        ctx: Any, of_z: Optional[torch.Tensor], grad: Optional[torch.Tensor]
     ) -> tuple[Optional[torch.Tensor], ...]:
-        weight, shares = ctx.link.pop('weight', None), (None, None)
+        weight, write = ctx.link.pop('weight', None), ctx.link.pop('write', None)
         if of_z is not None:
-            shares = (of_z / ctx.size.numel()).unflatten(1, (2, -1))[..., None, None]  # (N, 2, C, 1, 1)
-            shares = shares.expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
-        if weight is None or of_residual is None:  # the plain formula's gradients
-            paths = zip((of_residual, of_shortcut), shares)
-            return *(_sum(direct, share) for direct, share in paths), None
+            of_z = of_z / ctx.size.numel()
+        if write is not None and grad is not None:
+            return *write(grad, share=of_z), None
+        shares = (None, None)
+        if of_z is not None:
+            shares = of_z.unflatten(1, (2, -1))[..., None, None].expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
+        if grad is None:  # of a loss on the weights alone
+            return *shares, None
         by_residual, by_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         # Nobody else holds this gradient and what is made of it, unless they are themselves to be differentiated.
         overwrite = not torch.is_grad_enabled()
-        # A direct gradient of the shortcut comes with double backward, which differentiates what was saved of it.
-        of_shortcut = _sum(_sum(of_residual * by_shortcut, of_shortcut, overwrite), shares[1], overwrite)
-        of_residual = of_residual.mul_(by_residual) if overwrite else of_residual * by_residual
-        return _sum(of_residual, shares[0], overwrite), of_shortcut, None
+        of_shortcut = _sum(grad * by_shortcut, shares[1], overwrite)
+        of_residual = _sum(grad.mul_(by_residual) if overwrite else grad * by_residual, shares[0], overwrite)
+        return of_residual, of_shortcut, None
 
 
 class _MappingReLU(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        residual: torch.Tensor,
+        passed: torch.Tensor,
         shortcut: torch.Tensor,
         weight: torch.Tensor,
-        link: dict[str, torch.Tensor],
+        kept: Optional[torch.Tensor],
+        link: dict[str, Any],
+        kernels: Optional[ModuleType],
     ) -> torch.Tensor:
-        of_residual, of_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
-        y = residual.detach().mul_(of_residual).addcmul_(of_shortcut, shortcut).relu_()
-        ctx.link = link
-        ctx.save_for_backward(y, shortcut, weight)
+        if kernels is None:
+            of_residual, of_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
+            y = passed.detach().mul_(of_residual) if kept is None else kept * of_residual
+            y = y.addcmul_(of_shortcut, shortcut).relu_()
+        else:
+            y = kernels.merge_relu(passed, shortcut, weight, overwrite=kept is None)
+        ctx.link, ctx.kernels = link, kernels
+        ctx.save_for_backward(y, shortcut, weight, kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
-        y, shortcut, weight = ctx.saved_tensors
+        y, shortcut, weight, kept = ctx.saved_tensors
+        if ctx.kernels is not None and not torch.is_grad_enabled():
+            weight = weight.detach()
+            ctx.link['write'] = partial(ctx.kernels.gradients, y=y.detach(), weight=weight)
+            return grad, None, ctx.kernels.dots(grad, kept, shortcut, weight), None, None, None
         # With its graph the weight would hold the graph that holds it.
         ctx.link['weight'] = weight if torch.is_grad_enabled() else weight.detach()
         grad = _through_relu(grad, y)
         by_shortcut = (grad * shortcut).sum((1, 2, 3))
-        by_residual = ((grad * y).sum((1, 2, 3)) - weight[:, 1] * by_shortcut) / weight[:, 0]
-        return grad, None, torch.stack([by_residual, by_shortcut], dim=1), None
+        if kept is None:
+            by_residual = ((grad * y).sum((1, 2, 3)) - weight[:, 1] * by_shortcut) / weight[:, 0]
+        else:
+            by_residual = (grad * kept).sum((1, 2, 3))
+        return grad, None, torch.stack([by_residual, by_shortcut], dim=1), None, None, None

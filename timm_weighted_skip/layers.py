@@ -218,6 +218,14 @@ class ActiveWeightedMapping(nn.Module):
             return residual.add_(shortcut).relu_()
         return fused.mapping_relu(residual, shortcut, self.gate)
 
+    def expand_relu(
+        self, x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.BatchNorm2d
+    ) -> torch.Tensor:
+        """`relu(self(norm(conv(x)), shortcut))` in eval mode."""
+        if self.gate is None:
+            return self.merge_relu(norm(conv(x)), shortcut)
+        return fused.expand_relu(x, shortcut, conv, norm, self.gate)
+
 
 class ActiveWeightedConcat(nn.Module):
     """AWM for dense connections: each incoming unit of a concatenation times its own weight (section 4.3, Fig. 8).

@@ -8,7 +8,7 @@ from timm.models import build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from timm_weighted_skip.fused import can_fuse
+from timm_weighted_skip.fused import can_fuse, can_fuse_expansion
 from timm_weighted_skip.layers import check_count
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
 
@@ -81,6 +81,16 @@ class WeightedBottleneck(MappingUnit, Bottleneck):
         x = self.act2(x)
         x = self.aa(x)
 
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if (
+                self.se is None
+                and (self.drop_path is None or not self.drop_path.training)
+                and can_fuse_expansion(self.merge, self.conv3, self.bn3, self.act3, x)
+            ):
+                if self.downsample is not None:
+                    shortcut = self.downsample(shortcut)
+                return self.merge.expand_relu(x, shortcut, self.conv3, self.bn3)
+
         x = self.conv3(x)
         x = self.bn3(x)
 
@@ -92,7 +102,7 @@ class WeightedBottleneck(MappingUnit, Bottleneck):
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+        if not torch.jit.is_scripting():  # noqa: SIM102
             if can_fuse(self.merge, self.act3, x, shortcut):
                 return self.merge.merge_relu(x, shortcut)
         return self.act3(self.merge(x, shortcut))

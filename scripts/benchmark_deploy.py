@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Time the forms in which nets are deployed on a CPU: AOTInductor, ONNX Runtime, and its int8. One thread.
+
+    scripts/benchmark_deploy.py [--models awm_resnet50 adaresnet50] [--forms aotinductor onnx] [--batch-size 1]
+
+In every form each net runs beside its plain net, alternating in one process. `ratio` is the median over the rounds of a
+net's time over the plain net's of the same form and round, with the quartiles in brackets. `error` is the largest
+difference from the eager net's output, relative to that output's largest value. The nets have random weights, gates
+included, and int8 is calibrated with random images: its time is a trained net's, its error need not be.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import timm
+import torch
+from benchmark import plain_of, positive, timed
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from timm.models import get_pretrained_cfg_value
+from torch import nn
+
+import timm_weighted_skip  # noqa: F401  registers our nets
+from timm_weighted_skip.layers import Gate
+
+Form = Callable[[nn.Module, torch.Tensor, Path], Callable[[], torch.Tensor]]
+
+
+def trained(name: str, size: tuple[int, ...]) -> nn.Module:
+    """A net whose branches, gates and running statistics are not at their start."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, zero_init_last=False)
+    for module in model.modules():
+        if isinstance(module, Gate):
+            nn.init.normal_(module.fc2.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # averages over all images
+    with torch.no_grad():
+        model.train()(torch.randn(8, *size))
+    return model.eval()
+
+
+def eager(model: nn.Module, x: torch.Tensor, folder: Path) -> Callable[[], torch.Tensor]:
+    return lambda: model(x)
+
+
+def aotinductor(model: nn.Module, x: torch.Tensor, folder: Path) -> Callable[[], torch.Tensor]:
+    program = torch.export.export(model, (x,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / 'model.pt2'))
+    package = torch._inductor.aoti_load_package(path)
+    return lambda: package(x)
+
+
+def _export(model: nn.Module, x: torch.Tensor, folder: Path) -> Path:
+    path = folder / 'model.onnx'
+    torch.onnx.export(model, (x,), path, dynamo=True, input_names=['x'], external_data=False, verbose=False)
+    return path
+
+
+def _session(path: Path, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    inputs = {'x': x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+
+
+def onnx(model: nn.Module, x: torch.Tensor, folder: Path) -> Callable[[], torch.Tensor]:
+    return _session(_export(model, x, folder), x)
+
+
+def int8(model: nn.Module, x: torch.Tensor, folder: Path) -> Callable[[], torch.Tensor]:
+    class Images(CalibrationDataReader):
+        batches = iter([{'x': x.numpy()}])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    prepared, quantized = folder / 'prepared.onnx', folder / 'int8.onnx'
+    quant_pre_process(_export(model, x, folder), prepared, skip_symbolic_shape=True)
+    quantize_static(prepared, quantized, Images(), per_channel=True)
+    return _session(quantized, x)
+
+
+FORMS: dict[str, Form] = {'eager': eager, 'aotinductor': aotinductor, 'onnx': onnx, 'int8': int8}
+
+
+def compare(form: str, names: list[str], args: argparse.Namespace) -> list[str]:
+    """Rows of Markdown for the nets of one backbone in one form; the first is the plain one."""
+    runs: dict[str, Callable[[], torch.Tensor]] = {}
+    errors: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    size: Any = get_pretrained_cfg_value(names[0], 'input_size')
+    for name in names:
+        model, x = trained(name, size), torch.randn(args.batch_size, *size)
+        with tempfile.TemporaryDirectory() as folder:
+            runs[name] = FORMS[form](model, x, Path(folder))
+        expected = model(x)
+        errors[name] = ((runs[name]() - expected).abs().max() / expected.abs().max()).item()
+    for i in range(args.rounds + args.warmup):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(timed(runs[name], torch.device('cpu')))
+    rows = []
+    for name in names:
+        pairs = list(zip(times[name], times[names[0]]))[args.warmup :]
+        low, middle, high = statistics.quantiles([own / plain for own, plain in pairs], n=4)
+        ms = statistics.median(own for own, _ in pairs)
+        rows.append(f'| {form} | {name} | {ms:.1f} | {middle:.3f} [{low:.3f}, {high:.3f}] | {errors[name]:.1e} |')
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--models', nargs='+', metavar='NAME', default=['awm_resnet50', 'adaresnet50'])
+    parser.add_argument('--forms', nargs='+', choices=FORMS, default=list(FORMS))
+    parser.add_argument('--batch-size', type=positive, default=1)
+    parser.add_argument('--rounds', type=positive, default=21, help='2 or more')
+    parser.add_argument('--warmup', type=positive, default=3)
+    args = parser.parse_args()
+    unknown = [name for name in args.models if not timm.is_model(name)]
+    if unknown:
+        parser.error(f'--models: unknown {", ".join(unknown)}; `weighted-skip list` and timm.list_models() name them')
+    if args.rounds < 2:
+        parser.error(f'--rounds {args.rounds} has no quartiles; give 2 or more')
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # the exporters' and the quantizer's advice
+    backbones: dict[str, list[str]] = {}
+    for name in args.models:
+        group = backbones.setdefault(plain_of(name), [plain_of(name)])
+        if name not in group:
+            group.append(name)
+    print('| form | model | ms | ratio | error |\n| --- | --- | ---: | ---: | ---: |')
+    with torch.no_grad():
+        for form in args.forms:
+            for names in backbones.values():
+                print('\n'.join(compare(form, names, args)), flush=True)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The steps of `fused` on a GPU: Triton kernels that pass over the maps once each.
+
+A map (N, C, H, W) is taken as N rows of C * H * W elements in the order in which they lie in memory, so that one kernel
+serves contiguous and channels-last maps. A program handles `BLOCK` elements of one image. Maps of any precision are
+summed in 32 bits, those of 64 bits in 64. tests/test_fused_triton.py holds the kernels equal to the plain formulas.
+"""
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 4096
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def layout_of(*maps: torch.Tensor) -> Optional[torch.memory_format]:
+    """The dense layout that all `maps` have, if there is one."""
+    for layout in LAYOUTS:
+        if all(x.is_contiguous(memory_format=layout) for x in maps):
+            return layout
+    return None
+
+
+@triton.jit
+def _load(pointer, at, inside, ACC: tl.constexpr):
+    return tl.load(pointer + at, mask=inside, other=0).to(ACC)
+
+
+@triton.jit
+def _elements(size, BLOCK: tl.constexpr):
+    """This program's image, its elements' offsets in the image, and which of them exist."""
+    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return tl.program_id(0).to(tl.int64), offset, offset < size
+
+
+@triton.jit
+def _merge_relu(y, residual, shortcut, weight, size, PER_IMAGE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    image, offset, inside = _elements(size, BLOCK)
+    at = image * size + offset
+    merged = _load(residual, at, inside, ACC)
+    if PER_IMAGE:
+        merged = tl.load(weight + 2 * image).to(ACC) * merged
+        of_shortcut = tl.load(weight + 2 * image + 1).to(ACC)
+    else:
+        of_shortcut = tl.load(weight).to(ACC)
+    merged += of_shortcut * _load(shortcut, at, inside, ACC)
+    tl.store(y + at, tl.where(merged <= 0, 0.0, merged), mask=inside)  # lets NaN through, as torch's ReLU does
+
+
+@triton.jit
+def _dots(partial, grad, residual, shortcut, weight, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    image, offset, inside = _elements(size, BLOCK)
+    at = image * size + offset
+    f, s = _load(residual, at, inside, ACC), _load(shortcut, at, inside, ACC)
+    merged = tl.load(weight + 2 * image).to(ACC) * f + tl.load(weight + 2 * image + 1).to(ACC) * s
+    g = tl.where(merged <= 0, 0.0, _load(grad, at, inside, ACC))
+    cell = partial + 2 * (image * tl.num_programs(1) + tl.program_id(1))
+    tl.store(cell, tl.sum(g * f, axis=0))
+    tl.store(cell + 1, tl.sum(g * s, axis=0))
+
+
+@triton.jit
+def _gradients(
+    of_residual,
+    of_shortcut,
+    grad,
+    y,
+    weight,
+    share,
+    size,
+    channels,
+    pixels,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image, offset, inside = _elements(size, BLOCK)
+    at = image * size + offset
+    share += 2 * image * channels + (offset % channels if CHANNELS_LAST else offset // pixels)
+    g = tl.where(_load(y, at, inside, ACC) <= 0, 0.0, _load(grad, at, inside, ACC))
+    for_residual = tl.load(weight + 2 * image).to(ACC) * g + _load(share, 0, inside, ACC)
+    for_shortcut = tl.load(weight + 2 * image + 1).to(ACC) * g + _load(share, channels, inside, ACC)
+    tl.store(of_residual + at, for_residual, mask=inside)
+    tl.store(of_shortcut + at, for_shortcut, mask=inside)
+
+
+@triton.jit
+def _skip_gradients(
+    of_residual, of_shortcut, partial, grad, y, shortcut, weight, size, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    image, offset, inside = _elements(size, BLOCK)
+    at = image * size + offset
+    g = tl.where(_load(y, at, inside, ACC) <= 0, 0.0, _load(grad, at, inside, ACC))
+    tl.store(of_residual + at, g, mask=inside)
+    tl.store(of_shortcut + at, tl.load(weight).to(ACC) * g, mask=inside)
+    dot = tl.sum(g * _load(shortcut, at, inside, ACC), axis=0)
+    tl.store(partial + image * tl.num_programs(1) + tl.program_id(1), dot)
+
+
+def _arranged(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`grad` with its elements in the order of `like`."""
+    return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
+
+
+def _grid(x: torch.Tensor) -> tuple[int, int]:
+    return len(x), triton.cdiv(x[0].numel(), BLOCK)
+
+
+def _precision(x: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
+    """In which to sum over `x`, by Triton's name and by torch's."""
+    return (tl.float64, torch.float64) if x.dtype == torch.float64 else (tl.float32, torch.float32)
+
+
+def merge_relu(
+    residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor, overwrite: bool = True
+) -> torch.Tensor:
+    """`relu(w1 * residual + w2 * shortcut)` of weights (N, 2), or `relu(residual + w * shortcut)` of a scalar `w`."""
+    y = residual.detach() if overwrite else torch.empty_like(residual)
+    with torch.cuda.device_of(residual):
+        _merge_relu[_grid(residual)](
+            y, residual, shortcut, weight.contiguous(), y[0].numel(), weight.ndim == 2, _precision(y)[0], BLOCK
+        )
+    return y
+
+
+def dots(grad: torch.Tensor, residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient of `weight`, (N, 2): `sum(g * residual)` and `sum(g * shortcut)` with `g` from before the ReLU."""
+    grad = _arranged(grad, residual)
+    acc, dtype = _precision(grad)
+    partial = torch.empty(*_grid(grad), 2, dtype=dtype, device=grad.device)
+    with torch.cuda.device_of(grad):
+        _dots[_grid(grad)](partial, grad, residual, shortcut, weight.contiguous(), grad[0].numel(), acc, BLOCK)
+    return partial.sum(1).to(weight.dtype)
+
+
+def gradients(
+    grad: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, share: Optional[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of both maps: the merge's, and each channel's `share`, (N, 2C), that its mean gives every pixel."""
+    grad = _arranged(grad, y)
+    outputs = torch.empty_like(y), torch.empty_like(y)
+    channels, pixels = y.shape[1], y.shape[2:].numel()
+    if share is None:
+        share = y.new_zeros(len(y), 2 * channels)
+    with torch.cuda.device_of(y):
+        _gradients[_grid(y)](
+            *outputs,
+            *(grad, y, weight.contiguous(), share.contiguous()),
+            *(channels * pixels, channels, pixels, layout_of(y) == torch.channels_last, _precision(y)[0], BLOCK),
+        )
+    return outputs
+
+
+def skip_gradients(
+    grad: torch.Tensor, y: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of both maps and of the scalar `weight`."""
+    grad = _arranged(grad, y)
+    of_residual, of_shortcut = torch.empty_like(y), torch.empty_like(y)
+    acc, dtype = _precision(y)
+    partial = torch.empty(_grid(y), dtype=dtype, device=y.device)
+    with torch.cuda.device_of(y):
+        _skip_gradients[_grid(y)](
+            of_residual, of_shortcut, partial, grad, y, shortcut, weight, y[0].numel(), acc, BLOCK
+        )
+    return of_residual, of_shortcut, partial.sum().to(weight.dtype)
