@@ -15,8 +15,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import Function
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import Function, forward_ad
 
 __all__ = ['set_fused_merge']
 
@@ -42,24 +41,31 @@ def can_fuse(merge: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut:
     exporting or tracing, under `torch.func` and forward-mode transforms, or where a hook waits for the merge or the
     activation.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _enabled:
-        return False
     return (
-        type(act) is nn.ReLU
+        is_eager(residual, shortcut)
+        and type(act) is nn.ReLU
         and 'merge_relu' in vars(type(merge))  # a subclass may have another `forward`
-        and type(residual) is type(shortcut) is torch.Tensor  # neither a proxy of FX nor a subclass
-        and residual.dtype == shortcut.dtype
-        and residual.dtype in (torch.float32, torch.float64)
-        and residual.device.type == shortcut.device.type == 'cpu'
         and residual.shape == shortcut.shape
-        and residual.numel() > 0
-        and not (_is_hooked(merge) or _is_hooked(act))
-        and not torch._C._are_functorch_transforms_active()  # has no public name
-        and unpack_dual(residual).tangent is unpack_dual(shortcut).tangent is None
+        and not (is_hooked(merge) or is_hooked(act))
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_eager(*maps: torch.Tensor) -> bool:
+    """Whether steps that only plain eager mode knows may work on `maps`, and `set_fused_merge` lets them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _enabled:
+        return False
+    return (
+        all(type(x) is torch.Tensor for x in maps)  # neither a proxy of FX nor a subclass
+        and len({x.dtype for x in maps}) == 1
+        and maps[0].dtype in (torch.float32, torch.float64)
+        and all(x.device.type == 'cpu' and x.numel() > 0 for x in maps)
+        # These two have no public name. The second is below 0 outside forward-mode differentiation.
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -87,7 +93,7 @@ def _recoverable(weight: torch.Tensor) -> bool:
     return bool((torch.finfo(weight.dtype).eps * of_shortcut <= TOLERANCE * of_residual).all())
 
 
-def _through_relu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def through_relu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The gradient before a ReLU, from the one after it and its output."""
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
@@ -109,7 +115,7 @@ class _SkipReLU(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         y, shortcut, weight = ctx.saved_tensors
-        grad = _through_relu(grad, y)
+        grad = through_relu(grad, y)
         of_weight = (grad * shortcut).sum() if ctx.needs_input_grad[2] else None
         return grad, grad * weight if ctx.needs_input_grad[1] else None, of_weight
 
@@ -171,7 +177,7 @@ class _MappingReLU(Function):
         y, shortcut, weight = ctx.saved_tensors
         # With its graph the weight would hold the graph that holds it.
         ctx.link['weight'] = weight if torch.is_grad_enabled() else weight.detach()
-        grad = _through_relu(grad, y)
+        grad = through_relu(grad, y)
         by_shortcut = (grad * shortcut).sum((1, 2, 3))
         by_residual = ((grad * y).sum((1, 2, 3)) - weight[:, 1] * by_shortcut) / weight[:, 0]
         return grad, None, torch.stack([by_residual, by_shortcut], dim=1), None
