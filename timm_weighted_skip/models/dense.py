@@ -22,7 +22,7 @@ class WeightedDenseLayer(DenseLayer):
 
     def bottleneck_fn(self, xs: List[torch.Tensor]) -> torch.Tensor:  # noqa: UP006
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
-            if isinstance(xs, DenseFeatures) and can_read(self.merge, self.norm1, xs.buffer):
+            if isinstance(xs, DenseFeatures) and xs.can_read(self.merge, self.norm1):
                 return self.conv1(xs.read(self.merge, self.norm1))
         return self.conv1(self.norm1(self.merge(torch.cat(xs, 1))))
 
@@ -55,7 +55,7 @@ class WeightedTransition(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
-            if can_read(self.merge, self.norm, x):
+            if is_eager(x) and can_read(x, self.merge, self.norm):
                 return self.pool(self.conv(read(x, self.merge, self.norm)))
         return self.pool(self.conv(self.norm(self.merge(x))))
 
