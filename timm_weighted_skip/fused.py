@@ -26,9 +26,9 @@ TOLERANCE = 2e-6
 
 
 def set_fused_merge(enable: bool = True) -> None:
-    """Whether blocks may merge and apply their ReLU in one step, for every net of this process; on by default.
+    """Whether blocks may weigh and apply norm or ReLU in one step, for every net of this process; on by default.
 
-    A net's outputs are the same to the last bit either way, its gradients up to rounding.
+    A ResNet's outputs are the same to the last bit either way; a DenseNet's, and all gradients, up to rounding.
     """
     global _enabled
     _enabled = enable

@@ -8,7 +8,7 @@ weight l[n, c], then needs nothing but these (N, C) moments to become one affine
     mu = E_n[l m],  var = E_n[l^2 v] + Var_n[l m]              a batch's statistics of l * x, exactly
     relu(scale * x + shift),  scale = l gamma / sqrt(var + eps),  shift = beta - mu gamma / sqrt(var + eps)
 
-Autograd goes through the small tensors as they stand. For the maps, with G the gradient behind the ReLU,
+The gradients go the same ways back. With G the gradient behind the norm, where the ReLU passes it,
 
     dL/dscale = sum_hw(G x),  dL/dshift = sum_nhw(G),  dL/dx += scale G          for every reader
     dL/dx += dL/dm / HW + 2 (x - m) dL/dv / HW                                    once, of all readers' m and v
@@ -55,11 +55,12 @@ class DenseFeatures(list):
     def __init__(self, channels: int, variance: bool) -> None:
         super().__init__()
         self.channels, self.variance = channels, variance
-        self.buffer: Optional[Moments] = None  # also after a map that can't be written there
+        self.buffer: Any = None  # `Moments`; None again after a map that can't be written there
 
     def append(self, x: torch.Tensor) -> None:
         if not self:
-            layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+            last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            layout = torch.channels_last if last else torch.contiguous_format
             shape = x.shape[0], self.channels, *x.shape[2:]
             self.storage = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
             self.buffer = _Write.apply(x, self.variance, self.storage, None, None, None)
@@ -104,11 +105,12 @@ def read(x: torch.Tensor, merge: ActiveWeightedConcat, norm: BatchNormAct2d) -> 
     return _read(_Write.apply(x, norm.training, None, None, None, None), merge, norm)[0]
 
 
-def _read(x: Moments, merge: ActiveWeightedConcat, norm: BatchNormAct2d) -> tuple[torch.Tensor, Moments]:
+def _read(x: Moments, merge: Any, norm: BatchNormAct2d) -> tuple[torch.Tensor, Moments]:
     """`norm(merge(x))`, and `x` for the next reader."""
     weight = merge.gate(x[1]).to(x[1].dtype)  # (N, K)
     y, *after = _Read.apply(*x, weight, norm.weight, norm.bias, norm, _units(tuple(merge.widths)))
-    return y, tuple(own if new is None else new for own, new in zip(x, after))
+    after = [own if new is None else new for own, new in zip(x, after)]
+    return y, (after[0], after[1], after[2])
 
 
 @cache
@@ -148,9 +150,9 @@ class _Write(Function):
         x: torch.Tensor,
         variance: bool,
         storage: Optional[torch.Tensor],
-        buffer: Optional[torch.Tensor],
-        means: Optional[torch.Tensor],
-        variances: Optional[torch.Tensor],
+        buffer: Any,
+        means: Any,
+        variances: Any,
     ) -> Moments:
         ctx.set_materialize_grads(False)
         mean = x.mean((2, 3))
@@ -163,7 +165,7 @@ class _Write(Function):
         storage.data.narrow(1, ctx.start, x.shape[1]).copy_(x)
         if buffer is not None:
             mean = torch.cat([means, mean], 1)
-            var = torch.cat([variances, var], 1) if variance else None
+            var = None if var is None else torch.cat([variances, var], 1)
         return storage.narrow(1, 0, mean.shape[1]).detach(), mean, var
 
     @staticmethod
@@ -193,11 +195,11 @@ class _Read(Function):
         ctx: Any,
         x: torch.Tensor,
         mean: torch.Tensor,
-        var: Optional[torch.Tensor],
+        var: Any,
         weight: torch.Tensor,
         gamma: torch.Tensor,
         beta: torch.Tensor,
-        norm: BatchNormAct2d,
+        norm: Any,
         units: torch.Tensor,
     ) -> tuple[Optional[torch.Tensor], ...]:
         ctx.set_materialize_grads(False)
@@ -227,25 +229,24 @@ class _Read(Function):
         return y, *(t if needed else None for t, needed in zip((x, mean, var), ctx.needs_input_grad))
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: Optional[torch.Tensor], *of_next: Optional[torch.Tensor]
-    ) -> tuple[Optional[torch.Tensor], ...]:
+    def backward(ctx: Any, grad: Optional[torch.Tensor], *of_next: Any) -> tuple[Optional[torch.Tensor], ...]:
         if grad is None:
             return *of_next, None, None, None, None, None
         x, mean, var, weight, gamma, beta, y, scale, mu, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated: by autograd, of what was saved as it is here
-            inputs = [t if t is None else t.view_as(t) for t in (x, mean, var, weight, gamma, beta)]
+            inputs: Any = [t if t is None else t.view_as(t) for t in (x, mean, var, weight, gamma, beta)]
             with_grad = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
-            again = _formula(*inputs, None if ctx.training else (mu, inverse), ctx.units, ctx.eps)
+            again = _formula(ctx, (mu, inverse), *inputs)
             grads = iter(torch.autograd.grad(again, with_grad, grad, create_graph=True, allow_unused=True))
-            own = [next(grads) if needed else None for needed in ctx.needs_input_grad[:6]]
-            return *(a if b is None else _sum(a, b) for a, b in zip(of_next, own)), *own[3:], None, None
+            direct = [next(grads) if needed else None for needed in ctx.needs_input_grad[:6]]
+            return *(a if b is None else _sum(a, b) for a, b in zip(of_next, direct)), *direct[3:], None, None
         of_x, of_mean, of_var = of_next
         # Through relu(scale * x + shift).
         total = torch.empty_like(y) if ctx.needs_input_grad[0] else None
         of_scale, of_shift = torch.empty_like(mean), torch.empty_like(mean)
-        for g, out, own, by, to_scale, to_shift, *sums in _chunks(grad, y, x, scale, of_scale, of_shift, total, of_x):
-            g = through_relu(g, out)
+        for part in _chunks(grad, y, x, scale, of_scale, of_shift, total, of_x):
+            out, own, by, to_scale, to_shift, *sums = part[1:]
+            g = through_relu(part[0], out)
             torch.sum(g * own, (2, 3), out=to_scale)
             torch.sum(g, (2, 3), out=to_shift)
             if total is not None and of_x is not None:
@@ -274,12 +275,20 @@ def _statistics(weight: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> 
     return mu, torch.addcmul((weighted - mu).square(), weight.square(), var).mean(0)
 
 
-def _formula(x, mean, var, weight, gamma, beta, fixed, units, eps) -> torch.Tensor:
-    """What `_Read` computes, for autograd."""
-    weight = weight.index_select(1, units)
-    if fixed is None:
+def _formula(
+    ctx: Any,
+    fixed: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+) -> torch.Tensor:
+    """What `_Read` computes, for autograd; `fixed` are the `mu` and `1 / sqrt(var + eps)` of a norm in eval mode."""
+    weight, (mu, inverse) = weight.index_select(1, ctx.units), fixed
+    if ctx.training:
         mu, sigma2 = _statistics(weight, mean, var)
-        factor = gamma / (sigma2 + eps).sqrt()
-    else:
-        mu, factor = fixed[0], gamma * fixed[1]
+        inverse = (sigma2 + ctx.eps).rsqrt()
+    factor = gamma * inverse
     return torch.relu(x * (weight * factor)[..., None, None] + (beta - mu * factor)[:, None, None])

@@ -254,15 +254,11 @@ class ActiveWeightedConcat(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
             return x
-        return x * self.channel_weights(x.mean((2, 3)))[..., None, None]  # (N, C, H, W)
-
-    def channel_weights(self, z: torch.Tensor) -> torch.Tensor:
-        """The gate's weights of the units, for every channel (N, C), from the GAP (N, C)."""
-        weight = self.gate(z).to(z.dtype)  # (N, K)
+        weight = self.gate(x.mean((2, 3))).to(x.dtype)  # (N, K)
         per_channel: List[torch.Tensor] = []  # noqa: UP006
         for k, width in enumerate(self.widths):
             per_channel.append(weight.narrow(1, k, 1).expand(-1, width))
-        return torch.cat(per_channel, dim=1)
+        return x * torch.cat(per_channel, dim=1)[..., None, None]  # (N, C, H, W)
 
     def extra_repr(self) -> str:
         return f'widths={self.widths}'

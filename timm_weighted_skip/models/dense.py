@@ -28,7 +28,7 @@ class WeightedDenseLayer(DenseLayer):
 
 
 class WeightedDenseBlock(DenseBlock):
-    """timm's `DenseBlock` that takes the moments of each map once, for all layers that weigh it."""
+    """timm's `DenseBlock` that takes the moments of each map once, for all of its layers."""
 
     def forward(self, init_features: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
@@ -39,11 +39,10 @@ class WeightedDenseBlock(DenseBlock):
             features.append(layer(features))
         return torch.cat(features, 1)
 
-    @torch.jit.unused
     def forward_buffered(self, init_features: torch.Tensor) -> torch.Tensor:
         layers = list(self.values())
         channels = layers[-1].conv1.in_channels + layers[-1].conv2.out_channels
-        features = DenseFeatures(channels, any(layer.norm1.training for layer in layers))
+        features = DenseFeatures(channels, variance=any(layer.norm1.training for layer in layers))
         features.append(init_features)
         for layer in layers:
             features.append(layer(features))
