@@ -56,9 +56,9 @@ BACKBONES = {
 # AWM: both maps are read once more for their means (in eval a bottleneck's branch where it has a quarter of the
 # channels, before its last convolution); backward first reads g, y and s for dL/dlam, then g and y again to
 # write two gradients, since the gate's own gradient enters them.
-# Concat, which a plain DenseNet has not: one pass for the means, one to scale; backward reads g and x, then g, and
-# writes.
-PASSES = {SkipWeight: (3, 5), ActiveWeightedMapping: (5, 7), ActiveWeightedConcat: (3, 4)}
+# Concat: none. The weights enter the affine of the norm that goes over the maps in any case. The means are taken once
+# per map and not per reader, which is not counted.
+PASSES = {SkipWeight: (3, 5), ActiveWeightedMapping: (5, 7), ActiveWeightedConcat: (0, 0)}
 PLAIN_PASSES = {SkipWeight: (3, 3), ActiveWeightedMapping: (3, 3), ActiveWeightedConcat: (0, 0)}
 
 

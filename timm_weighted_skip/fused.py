@@ -19,8 +19,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import Function
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import Function, forward_ad
 
 __all__ = ['set_fused_merge']
 
@@ -39,7 +38,7 @@ SMALLEST_IMAGE = 2**15
 
 
 def set_fused_merge(enable: bool = True) -> None:
-    """Whether blocks may merge and apply their ReLU in one step, for every net of this process; on by default.
+    """Whether blocks may weigh and apply norm or ReLU in one step, for every net of this process; on by default.
 
     A net computes the same either way, up to rounding; weights at identity give the plain net's output to the last bit.
     """
@@ -55,15 +54,11 @@ def can_fuse(merge: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut:
     or the activation.
     """
     return (
-        _is_eager()
+        is_eager(residual, shortcut)
         and type(act) is nn.ReLU
         and 'merge_relu' in vars(type(merge))  # a subclass may have another `forward`
-        and _is_plain_map(residual)
-        and _is_plain_map(shortcut)
-        and residual.device == shortcut.device
-        and residual.dtype == shortcut.dtype
         and residual.shape == shortcut.shape
-        and not (_is_hooked(merge) or _is_hooked(act))
+        and not (is_hooked(merge) or is_hooked(act))
     )
 
 
@@ -74,7 +69,8 @@ def can_fuse_expansion(merge: nn.Module, conv: nn.Module, norm: nn.Module, act: 
     mode. Maps are then handled image by image, which small ones do not repay.
     """
     return (
-        _is_eager()
+        is_eager(x)
+        and x.device.type == 'cpu'
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
         and type(act) is nn.ReLU
         and 'expand_relu' in vars(type(merge))
@@ -82,28 +78,27 @@ def can_fuse_expansion(merge: nn.Module, conv: nn.Module, norm: nn.Module, act: 
         and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
         and type(norm) is nn.BatchNorm2d
         and not (norm.training or norm.running_mean is None or norm.weight is None)
-        and _is_plain_map(x)
-        and x.device.type == 'cpu'
         and conv.out_channels * x.shape[2:].numel() >= SMALLEST_IMAGE
-        and not any(map(_is_hooked, (merge, conv, norm, act)))
+        and not any(map(is_hooked, (merge, conv, norm, act)))
     )
 
 
-def _is_eager() -> bool:
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _enabled
-
-
-def _is_plain_map(x: torch.Tensor) -> bool:
+def is_eager(*maps: torch.Tensor) -> bool:
+    """Whether steps that only plain eager mode knows may work on `maps`, and `set_fused_merge` lets them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _enabled:
+        return False
+    device, dtype = maps[0].device, maps[0].dtype
     return (
-        type(x) is torch.Tensor  # neither a proxy of FX nor a subclass
-        and x.dtype in DTYPES.get(x.device.type, ())
-        and x.numel() > 0
-        and not torch._C._are_functorch_transforms_active()  # has no public name
-        and unpack_dual(x).tangent is None
+        all(type(x) is torch.Tensor for x in maps)  # neither a proxy of FX nor a subclass
+        and all((x.device, x.dtype) == (device, dtype) and x.numel() > 0 for x in maps)
+        and dtype in DTYPES.get(device.type, ())
+        # These two have no public name. The second is below 0 outside forward-mode differentiation.
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -169,7 +164,7 @@ def _recoverable(weight: torch.Tensor) -> bool:
     return bool((torch.finfo(weight.dtype).eps * of_shortcut <= TOLERANCE * of_residual).all())
 
 
-def _through_relu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def through_relu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The gradient before a ReLU, from the one after it and its output."""
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
@@ -198,7 +193,7 @@ class _SkipReLU(Function):
         y, shortcut, weight = ctx.saved_tensors
         if ctx.kernels is not None and shortcut is not None and not torch.is_grad_enabled():
             return *ctx.kernels.skip_gradients(grad, y, shortcut, weight), None
-        grad = _through_relu(grad, y)
+        grad = through_relu(grad, y)
         of_weight = (grad * shortcut).sum() if ctx.needs_input_grad[2] else None
         return grad, grad * weight if ctx.needs_input_grad[1] else None, of_weight, None
 
@@ -273,7 +268,7 @@ class _MappingReLU(Function):
             return grad, None, ctx.kernels.dots(grad, kept, shortcut, weight), None, None, None
         # With its graph the weight would hold the graph that holds it.
         ctx.link['weight'] = weight if torch.is_grad_enabled() else weight.detach()
-        grad = _through_relu(grad, y)
+        grad = through_relu(grad, y)
         by_shortcut = (grad * shortcut).sum((1, 2, 3))
         if kept is None:
             by_residual = ((grad * y).sum((1, 2, 3)) - weight[:, 1] * by_shortcut) / weight[:, 0]

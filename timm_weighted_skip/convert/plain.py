@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from timm.models.densenet import DenseLayer, DenseNet, DenseTransition
+from timm.models.densenet import DenseBlock, DenseLayer, DenseNet, DenseTransition
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.utils import unwrap_model
 from torch import nn
@@ -11,11 +11,16 @@ from torch import nn
 from timm_weighted_skip.convert.names import rename
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
 from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedBottleneck, WeightedResNet
-from timm_weighted_skip.models.dense import WeightedDenseLayer, WeightedDenseNet
+from timm_weighted_skip.models.dense import WeightedDenseBlock, WeightedDenseLayer, WeightedDenseNet
 
 __all__ = ['to_plain', 'unweigh']
 
-PLAIN = {WeightedBasicBlock: BasicBlock, WeightedBottleneck: Bottleneck, WeightedDenseLayer: DenseLayer}
+PLAIN = {
+    WeightedBasicBlock: BasicBlock,
+    WeightedBottleneck: Bottleneck,
+    WeightedDenseBlock: DenseBlock,
+    WeightedDenseLayer: DenseLayer,
+}
 
 
 @torch.no_grad()
@@ -52,8 +57,9 @@ def unweigh(model: nn.Module) -> None:
             f'weights ({first})'
         )
     for module in list(model.modules()):
-        if type(module) in PLAIN and hasattr(module, 'merge'):
-            del module.merge
+        if type(module) in PLAIN:
+            if hasattr(module, 'merge'):
+                del module.merge
             module.__class__ = PLAIN[type(module)]
     if isinstance(model, DenseNet) and merges:
         for name, child in list(model.features.named_children()):

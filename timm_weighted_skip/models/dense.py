@@ -8,6 +8,7 @@ from timm.models import build_model_with_cfg
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet, DenseTransition
 from torch import nn
 
+from timm_weighted_skip.fused_concat import DenseFeatures, can_buffer, can_read, read
 from timm_weighted_skip.layers import ActiveWeightedConcat, check_count
 from timm_weighted_skip.models.blocks import ChecksInputSize
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
@@ -19,7 +20,42 @@ class WeightedDenseLayer(DenseLayer):
     """timm's `DenseLayer` that weighs what it reads. The weighted maps are its own; later layers read the originals."""
 
     def bottleneck_fn(self, xs: List[torch.Tensor]) -> torch.Tensor:  # noqa: UP006
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if isinstance(xs, DenseFeatures) and xs.can_read(self.merge, self.norm1):
+                return self.conv1(xs.read(self.merge, self.norm1))
         return self.conv1(self.norm1(self.merge(torch.cat(xs, 1))))
+
+
+class WeightedDenseBlock(DenseBlock):
+    """timm's `DenseBlock` that takes the moments of each map once, for all of its layers."""
+
+    def forward(self, init_features: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if can_buffer(init_features) and not any(layer.grad_checkpointing for layer in self.values()):
+                return self.forward_buffered(init_features)
+        features = [init_features]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+    def forward_buffered(self, init_features: torch.Tensor) -> torch.Tensor:
+        layers = list(self.values())
+        channels = layers[-1].conv1.in_channels + layers[-1].conv2.out_channels
+        features = DenseFeatures(channels, variance=any(layer.norm1.training for layer in layers))
+        features.append(init_features)
+        for layer in layers:
+            features.append(layer(features))
+        return features.cat()
+
+
+class WeightedTransition(nn.Sequential):
+    """The parts of timm's `DenseTransition` behind the weights of what it reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if can_buffer(x) and can_read(x, self.merge, self.norm):
+                return self.pool(self.conv(read(x, self.merge, self.norm)))
+        return self.pool(self.conv(self.norm(self.merge(x))))
 
 
 def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', plain: bool = False) -> None:
@@ -39,6 +75,8 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
     widths = []
     for name, module in list(model.features.named_children()):
         if isinstance(module, DenseBlock):
+            if not plain:
+                module.__class__ = WeightedDenseBlock
             layers = list(module.children())
             widths = [layers[0].conv1.in_channels]
             for layer in layers:
@@ -49,7 +87,8 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
                 widths.append(layer.conv2.out_channels)
         elif isinstance(module, DenseTransition):
             weight = merge(widths, module.conv.weight)
-            setattr(model.features, name, nn.Sequential(OrderedDict(merge=weight, **dict(module.named_children()))))
+            parts = OrderedDict(merge=weight, **dict(module.named_children()))
+            setattr(model.features, name, WeightedTransition(parts))
         elif name == 'norm5':
             del model.features.norm5
             model.features.add_module('merge5', merge(widths, module.weight))

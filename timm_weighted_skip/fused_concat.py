@@ -1,0 +1,299 @@
+"""DenseNet's weighted concatenation, the batch norm and the ReLU that read it, as one pass over the feature maps.
+
+The plain formula copies what a layer reads twice, `cat` and then `l * x`, and the norm goes through the second copy to
+take its statistics. Here a dense block keeps its maps in one buffer into which each is written once. At that time each
+image's mean `m` and variance `v` of every channel are taken. What a layer reads, `relu(norm(l * x))` with the gate's
+weight l[n, c], then needs nothing but these (N, C) moments to become one affine map:
+
+    mu = E_n[l m],  var = E_n[l^2 v] + Var_n[l m]              a batch's statistics of l * x, exactly
+    relu(scale * x + shift),  scale = l gamma / sqrt(var + eps),  shift = beta - mu gamma / sqrt(var + eps)
+
+The gradients go the same ways back. With G the gradient behind the norm, where the ReLU passes it,
+
+    dL/dscale = sum_hw(G x),  dL/dshift = sum_nhw(G),  dL/dx += scale G          for every reader
+    dL/dx += dL/dm / HW + 2 (x - m) dL/dv / HW                                    once, of all readers' m and v
+
+The sum over the readers is handed on from reader to reader, from the last one to the first: each returns the buffer to
+the next as if it had made it. Backward keeps the buffer and each reader's output, and neither of the copies.
+
+The plain formula is used wherever its single operations are wanted or needed: see `can_buffer` and `can_read`.
+tests/test_fused_concat.py holds both forms equal.
+
+Shapes: N images, C channels of a map or of a buffer's first maps, H x W pixels.
+"""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.autograd import Function
+
+from timm_weighted_skip.fused import is_eager, is_hooked, through_relu
+from timm_weighted_skip.layers import ActiveWeightedConcat
+
+__all__ = ['DenseFeatures', 'can_buffer', 'can_read', 'read']
+
+# Numbers of a map that are worked on at a time, so that the steps of a pass find them in a cache.
+CHUNK = 2**19
+
+# What is read: maps (N, C, H, W) and their moments (N, C); the variance only where a norm needs it.
+Moments = tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
+
+
+def can_buffer(x: torch.Tensor) -> bool:
+    """Whether a dense block may keep its maps as this file does: on a CPU, whose cache the steps are made for."""
+    return x.device.type == 'cpu' and is_eager(x)
+
+
+class DenseFeatures(list):
+    """The maps of a dense block, for `torch.cat`, and beside them their concatenation with its moments.
+
+    Args:
+        channels: Of all maps that will come.
+        variance: Whether a norm that reads them takes its statistics from the batch.
+    """
+
+    def __init__(self, channels: int, variance: bool) -> None:
+        super().__init__()
+        self.channels, self.variance = channels, variance
+        self.buffer: Any = None  # `Moments`; None again after a map that can't be written there
+
+    def append(self, x: torch.Tensor) -> None:
+        if not self:
+            last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            layout = torch.channels_last if last else torch.contiguous_format
+            shape = x.shape[0], self.channels, *x.shape[2:]
+            self.storage = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            self.buffer = _Write.apply(x, self.variance, self.storage, None, None, None)
+        elif self.buffer is not None:
+            fits = type(x) is torch.Tensor and x.dtype == self.storage.dtype and x.device == self.storage.device
+            self.buffer = _Write.apply(x, self.variance, self.storage, *self.buffer) if fits else None
+        super().append(x)
+
+    def can_read(self, merge: nn.Module, norm: nn.Module) -> bool:
+        return self.buffer is not None and can_read(self.buffer[0], merge, norm)
+
+    def read(self, merge: ActiveWeightedConcat, norm: BatchNormAct2d) -> torch.Tensor:
+        """`norm(merge(self.cat()))`, where `can_read`."""
+        y, self.buffer = _read(self.buffer, merge, norm)
+        return y
+
+    def cat(self) -> torch.Tensor:
+        """(N, C, H, W) all maps."""
+        return torch.cat(self, 1) if self.buffer is None else self.buffer[0]
+
+
+def can_read(x: torch.Tensor, merge: nn.Module, norm: nn.Module) -> bool:
+    """Whether `read` may stand for `norm(merge(x))`, given `can_buffer(x)`: a batch norm with a ReLU, no hook."""
+    return (
+        type(merge) is ActiveWeightedConcat
+        and merge.gate is not None
+        and type(norm) is BatchNormAct2d
+        and type(norm.act) is nn.ReLU
+        and type(norm.drop) is nn.Identity
+        and norm.weight is not None
+        and norm.weight.dtype == x.dtype
+        and norm.running_mean is not None
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and not (norm.training and x.shape[1] == x.numel())  # has no variance, which the norm reports
+        and not any(is_hooked(module) for module in (merge, norm, norm.act, norm.drop))
+    )
+
+
+def read(x: torch.Tensor, merge: ActiveWeightedConcat, norm: BatchNormAct2d) -> torch.Tensor:
+    """`norm(merge(x))` of a map by itself, where `can_read`."""
+    return _read(_Write.apply(x, norm.training, None, None, None, None), merge, norm)[0]
+
+
+def _read(x: Moments, merge: Any, norm: BatchNormAct2d) -> tuple[torch.Tensor, Moments]:
+    """`norm(merge(x))`, and `x` for the next reader."""
+    weight = merge.gate(x[1]).to(x[1].dtype)  # (N, K)
+    y, *after = _Read.apply(*x, weight, norm.weight, norm.bias, norm, _units(tuple(merge.widths)))
+    after = [own if new is None else new for own, new in zip(x, after)]
+    return y, (after[0], after[1], after[2])
+
+
+@cache
+def _units(widths: tuple[int, ...]) -> torch.Tensor:
+    """Each channel's unit, (C,)."""
+    with torch.inference_mode(False):
+        return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+
+
+def _chunks(x: torch.Tensor, *others: Optional[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
+    """The images of tensors by the chunk; what is None is left out."""
+    tensors = [tensor for tensor in (x, *others) if tensor is not None]
+    step = max(1, CHUNK * torch.get_num_threads() * x.shape[0] // x.numel())
+    return zip(*(torch.split(tensor, step) for tensor in tensors)) if step < x.shape[0] else [tuple(tensors)]
+
+
+def _split(grad: Optional[torch.Tensor], at: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """The gradients of the first `at` channels and of the others."""
+    if grad is None:
+        return None, None
+    return grad[:, :at] if at else None, grad[:, at:]
+
+
+def _sum(a: Optional[torch.Tensor], b: torch.Tensor) -> torch.Tensor:
+    return b if a is None else a + b
+
+
+class _Write(Function):
+    """Writes a map behind those in a buffer, and its moments behind theirs; returns what is then there.
+
+    Without a buffer it returns the map itself and its moments.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        variance: bool,
+        storage: Optional[torch.Tensor],
+        buffer: Any,
+        means: Any,
+        variances: Any,
+    ) -> Moments:
+        ctx.set_materialize_grads(False)
+        mean = x.mean((2, 3))
+        var = (x - mean[..., None, None]).square_().mean((2, 3)) if variance else None
+        ctx.save_for_backward(x, mean)
+        ctx.start = 0 if buffer is None else buffer.shape[1]
+        if storage is None:
+            return x, mean, var
+        # What is kept of the buffer for backward does not change here, and has a version of its own.
+        storage.data.narrow(1, ctx.start, x.shape[1]).copy_(x)
+        if buffer is not None:
+            mean = torch.cat([means, mean], 1)
+            var = None if var is None else torch.cat([variances, var], 1)
+        return storage.narrow(1, 0, mean.shape[1]).detach(), mean, var
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Optional[torch.Tensor], of_mean: Optional[torch.Tensor], of_var: Optional[torch.Tensor]
+    ) -> tuple[Optional[torch.Tensor], ...]:
+        x, mean = ctx.saved_tensors
+        before, (grad, of_mean, of_var) = zip(*(_split(g, ctx.start) for g in (grad, of_mean, of_var)))
+        pixels = x.shape[2:].numel()
+        constant = None if of_mean is None else of_mean / pixels
+        if of_var is not None:
+            slope = of_var * (2 / pixels)
+            constant = _sum(constant, -slope * (x.mean((2, 3)) if torch.is_grad_enabled() else mean))
+        if constant is not None:
+            constant = constant[..., None, None]
+            grad = constant.expand_as(x) if grad is None else grad + constant
+        if of_var is not None:
+            grad = torch.addcmul(grad, x, slope[..., None, None])
+        return grad, None, None, *before
+
+
+class _Read(Function):
+    """`norm(weight * x)`, and `x` and its moments for the next to read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        mean: torch.Tensor,
+        var: Any,
+        weight: torch.Tensor,
+        gamma: torch.Tensor,
+        beta: torch.Tensor,
+        norm: Any,
+        units: torch.Tensor,
+    ) -> tuple[Optional[torch.Tensor], ...]:
+        ctx.set_materialize_grads(False)
+        ctx.units, ctx.eps, ctx.training = units, norm.eps, norm.training
+        weight_c = weight.index_select(1, units)  # (N, C)
+        if norm.training:
+            mu, sigma2 = _statistics(weight_c, mean, var)
+            count = x.numel() // x.shape[1]
+            norm.num_batches_tracked.add_(1)
+            norm.running_mean.lerp_(mu, norm.momentum)
+            norm.running_var.lerp_(sigma2 * (count / (count - 1)), norm.momentum)
+        else:
+            mu, sigma2 = norm.running_mean, norm.running_var
+        inverse = (sigma2 + norm.eps).sqrt_().reciprocal_()
+        if norm.training:
+            factor = gamma * inverse
+            shift = beta - mu * factor
+        else:  # by torch's own kernel, so that weights of 1 give the plain net's output to the last bit
+            zero, one = torch.zeros_like(mean[:1]), torch.ones_like(mean[:1])
+            shift = F.batch_norm(zero, mu, sigma2, gamma, beta, eps=norm.eps)[0]
+            factor = F.batch_norm(one, zero[0], sigma2, gamma, eps=norm.eps)[0]
+        scale, shift = (weight_c * factor)[..., None, None], shift[:, None, None]
+        y = torch.empty_like(x)
+        for own, by, out in _chunks(x, scale, y):
+            out.copy_(shift).addcmul_(own, by).relu_()  # with each broadcast by itself it is vectorised
+        ctx.save_for_backward(x, mean, var, weight, gamma, beta, y, scale, mu, inverse)
+        return y, *(t if needed else None for t, needed in zip((x, mean, var), ctx.needs_input_grad))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Optional[torch.Tensor], *of_next: Any) -> tuple[Optional[torch.Tensor], ...]:
+        if grad is None:
+            return *of_next, None, None, None, None, None
+        x, mean, var, weight, gamma, beta, y, scale, mu, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated: by autograd, of what was saved as it is here
+            inputs: Any = [t if t is None else t.view_as(t) for t in (x, mean, var, weight, gamma, beta)]
+            with_grad = [t for t, needed in zip(inputs, ctx.needs_input_grad) if needed]
+            again = _formula(ctx, (mu, inverse), *inputs)
+            grads = iter(torch.autograd.grad(again, with_grad, grad, create_graph=True, allow_unused=True))
+            direct = [next(grads) if needed else None for needed in ctx.needs_input_grad[:6]]
+            return *(a if b is None else _sum(a, b) for a, b in zip(of_next, direct)), *direct[3:], None, None
+        of_x, of_mean, of_var = of_next
+        # Through relu(scale * x + shift).
+        total = torch.empty_like(y) if ctx.needs_input_grad[0] else None
+        of_scale, of_shift = torch.empty_like(mean), torch.empty_like(mean)
+        for part in _chunks(grad, y, x, scale, of_scale, of_shift, total, of_x):
+            out, own, by, to_scale, to_shift, *sums = part[1:]
+            g = through_relu(part[0], out)
+            torch.sum(g * own, (2, 3), out=to_scale)
+            torch.sum(g, (2, 3), out=to_shift)
+            if total is not None and of_x is not None:
+                torch.addcmul(sums[1], g, by, out=sums[0])
+            elif total is not None:
+                torch.mul(g, by, out=sums[0])
+        # Through scale and shift.
+        weight_c, factor, of_shift = weight.index_select(1, ctx.units), gamma * inverse, of_shift.sum(0)
+        of_factor = (of_scale * weight_c).sum(0).addcmul_(of_shift, mu, value=-1)
+        of_gamma, of_weight = of_factor * inverse, of_scale.mul_(factor)
+        if ctx.training:  # through the batch's statistics, which are means over N
+            slope = of_gamma * inverse * factor / -len(x)  # 2 / N times the variance's gradient
+            of_weighted = torch.addcmul(of_shift * factor / -len(x), slope, (weight_c * mean).sub_(mu))
+            slope = slope * weight_c
+            of_weight.addcmul_(of_weighted, mean).addcmul_(slope, var)
+            of_mean = _sum(of_mean, of_weighted.mul_(weight_c))
+            of_var = _sum(of_var, slope.mul_(weight_c).div_(2))
+        of_weight = torch.zeros_like(weight).index_add_(1, ctx.units, of_weight)
+        return total, of_mean, of_var, of_weight, of_gamma, of_shift, None, None
+
+
+def _statistics(weight: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch's mean and variance (C,) of `weight * x`, all (N, C)."""
+    weighted = weight * mean
+    mu = weighted.mean(0)
+    return mu, torch.addcmul((weighted - mu).square(), weight.square(), var).mean(0)
+
+
+def _formula(
+    ctx: Any,
+    fixed: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+) -> torch.Tensor:
+    """What `_Read` computes, for autograd; `fixed` are the `mu` and `1 / sqrt(var + eps)` of a norm in eval mode."""
+    weight, (mu, inverse) = weight.index_select(1, ctx.units), fixed
+    if ctx.training:
+        mu, sigma2 = _statistics(weight, mean, var)
+        inverse = (sigma2 + ctx.eps).rsqrt()
+    factor = gamma * inverse
+    return torch.relu(x * (weight * factor)[..., None, None] + (beta - mu * factor)[:, None, None])
