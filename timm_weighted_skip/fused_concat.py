@@ -14,7 +14,7 @@ The gradients go the same ways back. With G the gradient behind the norm, where 
     dL/dx += dL/dm / HW + 2 (x - m) dL/dv / HW                                    once, of all readers' m and v
 
 The sum over the readers is handed on from reader to reader, from the last one to the first: each returns the buffer to
-the next as if it had made it. Backward keeps the buffer and each reader's output, and neither of the copies.
+the next as if it had made it. Backward keeps the maps, the buffer and each reader's output, and none of the copies.
 
 The plain formula is used wherever its single operations are wanted or needed: see `can_buffer` and `can_read`.
 tests/test_fused_concat.py holds both forms equal.
