@@ -40,6 +40,34 @@ def test_in_the_interpreter():
     assert ' passed' in run.stdout
 
 
+@pytest.mark.skipif(INTERPRETED, reason='nothing is compiled')
+@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize(('dtype', 'sum_dtype'), [('bf16', 'fp32'), ('fp32', 'fp32'), ('fp64', 'fp64')])
+def test_every_kernel_compiles_to_a_gpus_machine_code(capability, dtype, sum_dtype):
+    """Triton brings the assembler along, so this takes no GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from timm_weighted_skip import fused_triton
+
+    pointers = {'partial': f'*{sum_dtype}'}
+    constants = {'ACC': getattr(triton.language, f'float{sum_dtype[2:]}'), 'BLOCK': fused_triton.BLOCK}
+    cases = [
+        (fused_triton._merge_relu, {'PER_IMAGE': True}),
+        (fused_triton._merge_relu, {'PER_IMAGE': False}),
+        (fused_triton._dots, {}),
+        (fused_triton._gradients, {'CHANNELS_LAST': True}),
+        (fused_triton._gradients, {'CHANNELS_LAST': False}),
+        (fused_triton._skip_gradients, {}),
+    ]
+    for kernel, choice in cases:
+        fixed = {**constants, **choice}
+        numbers = dict.fromkeys(('size', 'channels', 'pixels'), 'i32')
+        types = {name: {**pointers, **numbers}.get(name, f'*{dtype}') for name in kernel.arg_names}
+        source = ASTSource(kernel, {**types, **dict.fromkeys(fixed, 'constexpr')}, fixed)
+        assert triton.compile(source, target=GPUTarget('cuda', capability, 32)).asm['cubin']
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """The module of the kernels, in use for the CPU, too."""
