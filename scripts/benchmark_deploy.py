@@ -28,18 +28,20 @@ from timm.models import get_pretrained_cfg_value
 from torch import nn
 
 import timm_weighted_skip  # noqa: F401  registers our nets
-from timm_weighted_skip.layers import Gate
+from timm_weighted_skip.layers import Gate, SkipWeight
 
 Form = Callable[[nn.Module, torch.Tensor, Path], Callable[[], torch.Tensor]]
 
 
 def trained(name: str, size: tuple[int, ...]) -> nn.Module:
-    """A net whose branches, gates and running statistics are not at their start."""
+    """A net whose branches, weights and running statistics are not at their start."""
     torch.manual_seed(0)
     model = timm.create_model(name, zero_init_last=False)
     for module in model.modules():
         if isinstance(module, Gate):
             nn.init.normal_(module.fc2.weight)
+        elif isinstance(module, SkipWeight) and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
         elif isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # averages over all images
     with torch.no_grad():
