@@ -87,7 +87,7 @@ def load_script(path: Path) -> ModuleType:
     """Load a script as a module of its name, as a process of its data loader would find it.
 
     Raises:
-        ImportError: It does not fit the installed timm, or can't be loaded for another reason.
+        ImportError: It does not fit the installed timm, needs another package, or is no script.
     """
     sys.path.insert(0, str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -98,6 +98,11 @@ def load_script(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
+        package = (error.name or '').partition('.')[0] if isinstance(error, ModuleNotFoundError) else 'timm'
+        if package != 'timm':
+            raise ImportError(
+                f'{path} needs {package}, which is not here; install it with: pip install {package}'
+            ) from None
         raise ImportError(
             f'{path} does not run with timm {timm.__version__} ({error}); give --train-script of a clone at tag '
             f'v{timm.__version__}'
