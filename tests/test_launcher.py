@@ -143,7 +143,9 @@ def test_two_processes(script, images, tmp_path):
     torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--standalone']
     command = [*torchrun, '-m', 'timm_weighted_skip.train', '--train-script', str(script), '--model', MODEL]
     done = start(command, images, tmp_path, '--alternate-freeze', 1, '--epochs', 3, '--sched', 'step')
-    # A process that has done all of its work may abort at exit, a thread not joined; the cause is not known.
+    # torch can abort a process that has done its work, where a thread of gloo's lets go of a tensor while the
+    # interpreter shuts down (pytorch issue 190489). These runs have aborted; that it was for that reason is not shown:
+    # later, of runs like them on a busy machine, 0 of 30 of timm's script alone and 0 of 35 of ours aborted or hung.
     aborted_at_exit = 'terminate called without an active exception' in done.stderr
     assert done.returncode == 0 or aborted_at_exit, done.stderr
     assert phases(tmp_path, 3) == 'gb'
