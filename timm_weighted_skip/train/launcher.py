@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import timm
 
-from timm_weighted_skip.train.checkpoint import write_atomically
+from timm_weighted_skip.files import write_file
 from timm_weighted_skip.train.hook import add_arguments, install
 from timm_weighted_skip.train.recipe import list_recipes, recipe_path
 
@@ -78,8 +78,7 @@ def find_script(name: str = 'train', given: Optional[str] = None) -> Path:
         raise OSError(f'{url} could not be fetched ({error}); {ways}') from None
     if not _matches(content, name):
         raise OSError(f'{url} is not the file it was (SHA-256 {hashlib.sha256(content).hexdigest()}); {ways}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+    write_file(path, content)
     return path
 
 

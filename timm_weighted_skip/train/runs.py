@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import timm_weighted_skip
 from timm_weighted_skip.data import ImageSet, load_image_set
+from timm_weighted_skip.files import write_file
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import (
     link,
@@ -32,7 +33,6 @@ from timm_weighted_skip.train.checkpoint import (
     read_metadata,
     read_weights,
     save_checkpoint,
-    write_atomically,
 )
 from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, normalisation
@@ -106,7 +106,7 @@ def run_seeds(
     if (folder / ARGS).exists() and not resume:
         raise ValueError(f'{folder} holds a run; go on with it by --resume {folder}, or give another --experiment')
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / ARGS, yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False).encode())
+    write_file(folder / ARGS, yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False))
     results = []
     try:
         for seed in seeds:
@@ -119,7 +119,7 @@ def run_seeds(
     if len(seeds) == 1:
         return results[0]
     result = summary(results)
-    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    write_file(folder / RESULT, json.dumps(result, indent=1))
     return result
 
 
@@ -206,7 +206,7 @@ def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar:
         book['best'] = {'epoch': number, **measured}
     book['last'] = {'epoch': number, **measured}
     # The line comes before the checkpoint: a run that is killed between them drops it and trains the epoch again.
-    write_atomically(folder / LOG, ''.join(json.dumps(each) + '\n' for each in book['log']).encode())
+    write_file(folder / LOG, ''.join(json.dumps(each) + '\n' for each in book['log']))
     _save(task, folder, trainer, book)
     bar.write(
         f'epoch {number + 1}/{trainer.epochs} {trained["phase"]}: lr {trained["lr"]:.4g}, loss {trained["loss"]:.4f}, '
@@ -301,7 +301,7 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
         with suppress(ValueError):  # a plain net has no weights to tell of
             images_in_order = (x for x, _ in trainer.test_batches.in_order())
             result['mapping_units'] = analysis(trainer.eval_net.eval(), images_in_order)
-    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    write_file(folder / RESULT, json.dumps(result, indent=1))
     return result
 
 
