@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from timm_weighted_skip.analysis.curves import read_run
 from timm_weighted_skip.analysis.listing import model_cost
-from timm_weighted_skip.analysis.tables import write_file
+from timm_weighted_skip.files import write_file
 
 MANIFEST = Path(__file__).parent / 'reproduce' / 'manifest.yaml'
 

@@ -21,8 +21,9 @@ from timm_weighted_skip.analysis.figures import colour, label_units, new_figure,
 from timm_weighted_skip.analysis.inspection import weights_of_rounds
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.analysis.nets import load_net
-from timm_weighted_skip.analysis.tables import Result, Table, require, write_file
+from timm_weighted_skip.analysis.tables import Result, Table, require
 from timm_weighted_skip.analysis.variance import group_variance
+from timm_weighted_skip.files import write_file
 from timm_weighted_skip.hub import Results, save_checkpoint
 from timm_weighted_skip.train.checkpoint import read_metadata
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import timm
 import torch
+from conftest import randomise
 
 from timm_weighted_skip.hub import Results, save_checkpoint
 
@@ -30,25 +31,12 @@ def results() -> Results:
     )
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """`model` in eval mode with norms as after training: no zeros, no identity."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._NormBase):
-                module.running_mean.normal_(0, 0.3, generator=generator)
-                module.running_var.uniform_(0.5, 2, generator=generator)
-                module.weight.uniform_(0.3, 1, generator=generator)
-                module.bias.normal_(0, 0.3, generator=generator)
-    return model.eval()
-
-
 def trained_net(**kwargs) -> torch.nn.Module:
     """A small AWM net whose gates are not at identity."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = randomised(timm.create_model(NAME.split('.')[0], **kwargs))
+        model = randomise(timm.create_model(NAME.split('.')[0], **kwargs)).eval()
     for name, parameter in model.named_parameters():
         if 'gate' in name:
             torch.nn.init.normal_(parameter, generator=generator)

@@ -10,12 +10,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
-    """Batch norms away from their start, so that no two paths of the net are alike by chance."""
+    """`model` with batch norms as after training: no zeros, no identity, no two paths alike by chance."""
+    generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.weight.uniform_(0.3, 1, generator=generator)
+            module.bias.normal_(0, 0.3, generator=generator)
     return model

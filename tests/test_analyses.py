@@ -15,7 +15,7 @@ from timm_weighted_skip.analysis.extremes import extreme_images
 from timm_weighted_skip.analysis.figures import render
 from timm_weighted_skip.analysis.inspection import gate_table, rounds_table
 from timm_weighted_skip.analysis.report import html_report
-from timm_weighted_skip.analysis.tables import Result, Table, write_file
+from timm_weighted_skip.analysis.tables import Result, Table
 from timm_weighted_skip.analysis.variance import group_variance
 
 # arXiv 2408.09958, Tables I and II: the learned weights of 8 units in three rounds.
@@ -260,12 +260,3 @@ def test_a_report_refers_to_nothing_outside_itself_and_escapes():
 
 def test_json_has_no_numbers_that_are_not_finite():
     assert Table(['a', 'b'], [[float('nan'), 1.0]]).records() == [{'a': None, 'b': 1.0}]
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path):
-    path = tmp_path / 'table.csv'
-    write_file(path, 'old')
-    with pytest.raises(TypeError):
-        write_file(path, 7)
-    assert path.read_text() == 'old'
-    assert [file.name for file in tmp_path.iterdir()] == ['table.csv']

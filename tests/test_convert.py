@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from checkpoints import randomised
+from conftest import randomise
 from safetensors.torch import load_file, save_file
 from timm.models.densenet import DenseNet
 from timm.models.resnet import ResNet
@@ -24,7 +24,7 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize('convert', [to_awm, to_adaresnet])
 @pytest.mark.parametrize('name', NETS)
 def test_weighing_and_back_changes_nothing(name, convert, images):
-    plain = randomised(timm.create_model(name))
+    plain = randomise(timm.create_model(name)).eval()
     weighted = convert(plain)
     assert torch.equal(weighted(images), plain(images))
     assert len(timm_weighted_skip.mapping_units(weighted)) == sum(
@@ -39,7 +39,7 @@ def test_weighing_and_back_changes_nothing(name, convert, images):
 
 @torch.no_grad()
 def test_weighing_a_densenet_and_back_changes_nothing(images):
-    plain = randomised(timm.create_model('densenet121'))
+    plain = randomise(timm.create_model('densenet121')).eval()
     weighted = to_awm(plain)
     assert torch.equal(weighted(images), plain(images))
     assert list(weighted.state_dict()) == list(timm.create_model('awm_densenet121').state_dict())
@@ -63,7 +63,7 @@ def test_weighing_a_densenet_and_back_changes_nothing(images):
 )
 @torch.no_grad()
 def test_the_result_is_the_registered_net(plain, weighted):
-    source = randomised(timm.create_model(plain))
+    source = randomise(timm.create_model(plain)).eval()
     convert = to_adaresnet if weighted.startswith('ada') else to_awm
     net = convert(source)
     registered = timm.create_model(net.pretrained_cfg['architecture']).eval()
@@ -132,7 +132,7 @@ def test_what_has_no_weighted_form_is_refused(name, convert, why):
 
 @torch.no_grad()
 def test_command_writes_the_weights_of_a_net_without_a_registered_name(images, tmp_path):
-    plain = randomised(timm.create_model('seresnet18'))
+    plain = randomise(timm.create_model('seresnet18')).eval()
     save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
     output = tmp_path / 'weighted.safetensors'
     command = ['convert', 'seresnet18', '--checkpoint', str(tmp_path / 'plain.safetensors'), '--to', 'awm']

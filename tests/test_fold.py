@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from checkpoints import randomised
+from conftest import randomise
 from timm.models.resnet import ResNet
 
 import timm_weighted_skip
@@ -12,7 +12,7 @@ from timm_weighted_skip.convert import fold
 
 def trained(name: str, **kwargs) -> torch.nn.Module:
     """An AdaResNet with norms and positive weights as after training."""
-    net = randomised(timm.create_model(name, **kwargs))
+    net = randomise(timm.create_model(name, **kwargs)).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter_name, parameter in net.named_parameters():

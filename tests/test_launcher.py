@@ -1,6 +1,7 @@
 """timm's train.py with alternating training, for a stand-in with its interface and, where it can be had, for itself."""
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.optim import list_optimizers
 
 from timm_weighted_skip.train import launcher
@@ -71,7 +73,7 @@ def launch(script, images, output, *more, **kwargs):
     return start(command, images, output, *more, **kwargs)
 
 
-def phases(output, count, initial=None):
+def phases(output, count, initial=None, model=MODEL):
     """'b' or 'g' for every epoch, told from what moved between its checkpoint and the one before."""
     states = [initial] if initial else []
     for epoch in range(count):
@@ -79,7 +81,7 @@ def phases(output, count, initial=None):
         if path.exists():
             with torch.serialization.safe_globals([argparse.Namespace]):
                 states.append(torch.load(path, weights_only=True)['state_dict'])
-    parameters = {name for name, _ in timm.create_model(MODEL).named_parameters()}
+    parameters = {name for name, _ in timm.create_model(model).named_parameters()}
     gates = {name for name in parameters if '.gate.' in name}
     found = ''
     for before, after in pairwise(states):
@@ -141,7 +143,9 @@ def test_two_processes(script, images, tmp_path):
     torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--standalone']
     command = [*torchrun, '-m', 'timm_weighted_skip.train', '--train-script', str(script), '--model', MODEL]
     done = start(command, images, tmp_path, '--alternate-freeze', 1, '--epochs', 3, '--sched', 'step')
-    # A process that has done all of its work may abort at exit, a thread not joined; the cause is not known.
+    # torch can abort a process that has done its work, where a thread of gloo's lets go of a tensor while the
+    # interpreter shuts down (pytorch issue 190489). These runs have aborted; that it was for that reason is not shown:
+    # later, of runs like them on a busy machine, 0 of 30 of timm's script alone and 0 of 35 of ours aborted or hung.
     aborted_at_exit = 'terminate called without an active exception' in done.stderr
     assert done.returncode == 0 or aborted_at_exit, done.stderr
     assert phases(tmp_path, 3) == 'gb'
@@ -278,17 +282,76 @@ def test_real_script_runs_the_recipes_of_the_trainer(images, tmp_path, recipe):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(
-    REAL is None or not REAL.with_name('validate.py').is_file(), reason="timm's validate.py is not beside its train.py"
-)
-def test_real_validate_knows_our_nets(images, tmp_path):
-    torch.save(timm.create_model(MODEL).state_dict(), tmp_path / 'net.pth')
-    command = [sys.executable, '-m', 'timm_weighted_skip.train', '--script', 'validate', '--train-script', str(REAL)]
-    options = ['--model', MODEL, '--checkpoint', str(tmp_path / 'net.pth'), '--data-dir', str(images), '-j', '0']
-    options += ['--device', 'cpu', '-b', '10', '--no-prefetcher']
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
+@pytest.mark.skipif(REAL is None, reason=WHY_NOT)
+def test_real_script_runs_the_imagenet_recipe(images, tmp_path):
+    more = ('-c', 'awm_imagenet', '--model', 'awm_resnet18', '--num-classes', 10, '--img-size', 32, '--epochs', 2)
+    done = launch(REAL, images, tmp_path, *more, '--alternate-freeze', 1)
     assert done.returncode == 0, done.stderr
-    assert 'top1' in done.stdout
+    args = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    recipe = yaml.safe_load(recipe_path('awm_imagenet').read_text())
+    given = {'epochs': 2, 'alternate_freeze': 1, 'batch_size': 4, 'lr': 0.05, 'workers': 0}
+    assert {name: args[name] for name in recipe} == {**recipe, **given}
+    assert phases(tmp_path, 2, model='awm_resnet18') == 'g'
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs one of timm's scripts beside its train.py with our nets registered, one of them with a checkpoint."""
+
+    def run(name, *options, needs=()):
+        if REAL is None or not REAL.with_name(f'{name}.py').is_file():
+            pytest.skip(WHY_NOT or f"timm's {name}.py is not beside its train.py")
+        for package in needs:
+            pytest.importorskip(package)
+        net = timm.create_model(MODEL).eval()
+        torch.save(net.state_dict(), tmp_path / 'net.pth')
+        command = [sys.executable, '-m', 'timm_weighted_skip.train', '--script', name, '--train-script', str(REAL)]
+        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+        done = subprocess.run(
+            [*command, *options, '--model', MODEL], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stderr
+        return net, done.stdout
+
+    return run
+
+
+ON_IMAGES = ('--device', 'cpu', '-j', '0', '-b', '10', '--checkpoint', 'net.pth')
+
+
+def test_real_validate_knows_our_nets(run_script, images):
+    _, text = run_script('validate', '--data-dir', str(images), *ON_IMAGES)
+    assert json.loads(text[text.index('{') :])['model'] == MODEL
+
+
+def test_real_inference_knows_our_nets(run_script, images, tmp_path):
+    options = ['--results-dir', 'results', '--results-format', 'json', '--topk', '10', '--fullname']
+    net, _ = run_script('inference', '--data-dir', str(images), *ON_IMAGES, *options, needs=['pandas'])
+    rows = json.loads(next((tmp_path / 'results').glob('*.json')).read_text())
+    assert len(rows) == 10
+    transform = create_transform(**resolve_model_data_config(net))
+    for name, row in rows.items():
+        x = transform(Image.open(images / 'validation' / name))
+        expected = net(x[None]).softmax(1)[0].sort(descending=True).values
+        assert row['prob'] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_real_benchmark_knows_our_nets(run_script):
+    _, text = run_script('benchmark', '--device', 'cpu', '-b', '2', '--num-warm-iter', '1', '--num-bench-iter', '5')
+    result = json.loads(text.partition('--result')[2])
+    assert result['model'] == MODEL
+    assert result['train_samples_per_sec'] > 0
+
+
+def test_real_onnx_export_knows_our_nets(run_script, tmp_path):
+    needs = ['onnx', 'onnxscript', 'onnxruntime']
+    net, _ = run_script('onnx_export', 'net.onnx', '--checkpoint', 'net.pth', '--batch-size', '2', needs=needs)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / 'net.onnx')
+    x = torch.randn(2, 3, 32, 32)
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), net(x).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_loading_a_script_that_does_not_fit_says_which_one_would(tmp_path, capsys):
@@ -296,4 +359,7 @@ def test_loading_a_script_that_does_not_fit_says_which_one_would(tmp_path, capsy
     path.write_text('from timm.task import not_yet_there\n')
     assert launcher.main(['--train-script', str(path)]) == 1
     assert f'at tag v{timm.__version__}' in capsys.readouterr().err
+    path.write_text('import pandars\n')
+    assert launcher.main(['--train-script', str(path)]) == 1
+    assert 'pip install pandars' in capsys.readouterr().err
     shutil.rmtree(tmp_path)

@@ -10,7 +10,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from checkpoints import make_checkpoint, new_process, randomised
+from checkpoints import make_checkpoint, new_process
+from conftest import randomise
 from hub_standin import HubStandIn, Repo
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
@@ -38,7 +39,7 @@ def test_tags_are_those_of_the_installed_timm(name):
 def plain_file(request, tmp_path_factory) -> tuple[str, Path]:
     """A plain backbone's name and checkpoint, as timm has it."""
     file = tmp_path_factory.mktemp('timm') / 'model.safetensors'
-    safetensors.torch.save_file(randomised(timm.create_model(request.param)).state_dict(), file)
+    safetensors.torch.save_file(randomise(timm.create_model(request.param)).eval().state_dict(), file)
     return request.param, file
 
 
@@ -114,7 +115,7 @@ safetensors.torch.save_file({'logits': model(x).detach()}, sys.argv[3])
 
 
 def test_timms_repository_is_where_the_weights_come_from(tmp_path):
-    plain = randomised(timm.create_model('resnet18'))
+    plain = randomise(timm.create_model('resnet18')).eval()
     x = torch.randn(1, 3, 64, 64)
     safetensors.torch.save_file({'input': x}, tmp_path / 'x.safetensors')
     with HubStandIn() as hub:

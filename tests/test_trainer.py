@@ -265,7 +265,9 @@ def test_a_checkpoint_survives_what_befalls_the_next_one(tmp_path, monkeypatch):
         weights, state = checkpoints.read_checkpoint(tmp_path, [''])
         assert state == {'updates': 1}
         assert torch.equal(weights['']['w'], tensors['']['w'])
-    assert not list(tmp_path.glob('.*'))
+    (tmp_path / '.checkpoint-1.safetensors.0.part').touch()  # as a kill would leave it
+    checkpoints.save_checkpoint(tmp_path, tensors, {'updates': 2}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint-2.pth.tar', 'checkpoint-2.safetensors']
 
 
 def test_broken_and_foreign_checkpoints_are_refused(tmp_path, capsys):

@@ -16,9 +16,10 @@ from timm_weighted_skip.analysis.extremes import extreme_images
 from timm_weighted_skip.analysis.inspection import gate_table, rounds_table, skip_rounds, unit_table
 from timm_weighted_skip.analysis.nets import load_net
 from timm_weighted_skip.analysis.report import html_report
-from timm_weighted_skip.analysis.tables import Result, require, write_file
+from timm_weighted_skip.analysis.tables import Result, require
 from timm_weighted_skip.analysis.units import gates, mapping_units
 from timm_weighted_skip.analysis.variance import group_variance
+from timm_weighted_skip.files import write_file
 
 __all__ = [
     'curve_result',

@@ -6,10 +6,10 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg_value, split_model_name_tag
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_weighted_skip.analysis.tables import Table
 from timm_weighted_skip.analysis.units import named_merges
+from timm_weighted_skip.costs import count_costs
 from timm_weighted_skip.models.names import model_names
 
 __all__ = ['ModelCost', 'model_cost', 'model_table']
@@ -37,20 +37,17 @@ class ModelCost:
 
 def model_cost(name: str) -> ModelCost:
     """Count on the meta device: nothing is allocated or computed."""
-    with torch.device('meta'), torch.no_grad():
+    with torch.device('meta'):
         model = timm.create_model(name).eval()
         input_size: Any = get_pretrained_cfg_value(name, 'input_size')
-        counter = FlopCounterMode(display=False)
-        with counter:
-            model(torch.empty(1, *input_size))
+        costs = count_costs(model, torch.empty(1, *input_size))
     try:
         units = len(named_merges(model))
     except ValueError:
         units = 0
-    params = sum(p.numel() for p in model.parameters())
     cfgs = get_arch_pretrained_cfgs(name).items()
     tags = [split_model_name_tag(tagged)[1] for tagged, cfg in cfgs if cfg.has_weights]
-    return ModelCost(name, params, counter.get_total_flops() // 2, units, input_size, tags)
+    return ModelCost(name, costs.params, costs.macs, units, input_size, tags)
 
 
 def model_table(pattern: str = '*') -> Table:

@@ -4,18 +4,18 @@ import csv
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+from timm_weighted_skip.files import write_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['Result', 'Table', 'format_value', 'require', 'write_file']
+__all__ = ['Result', 'Table', 'format_value', 'require']
 
 
 def require(*modules: str) -> None:
@@ -25,22 +25,6 @@ def require(*modules: str) -> None:
         raise ImportError(
             f"this needs {' and '.join(missing)}; install with: pip install 'timm-weighted-skip[analysis]'"
         )
-
-
-def write_file(path: Path, content: Union[str, bytes]) -> None:
-    """Write `path` as a whole or, on a failure, leave what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's file is for its owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def format_value(value: Any) -> str:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from timm_weighted_skip.costs import count_costs
 from timm_weighted_skip.hub.checkpoint import build_net
 from timm_weighted_skip.hub.config import Results, accuracy, read_json
 
@@ -70,28 +69,6 @@ features = model.forward_features(images)  # {feature_shape}
 embedding = model.forward_head(features, pre_logits=True)  # (1, {num_features})"""
 
 
-@torch.no_grad()
-def _costs(model: nn.Module, x: torch.Tensor) -> dict[str, str]:
-    """Costs for the one image `x`, in timm's words."""
-    activations = 0
-
-    def count(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        nonlocal activations
-        activations += output.numel()
-
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    with FlopCounterMode(display=False) as counter:
-        model(x)
-    for handle in handles:
-        handle.remove()
-    return {
-        'Params (M)': f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}',
-        'GMACs': f'{counter.get_total_flops() / 2e9:.3f}',
-        'Activations (M)': f'{activations / 1e6:.2f}',
-        'Image size': f'{x.shape[2]} x {x.shape[3]}',
-    }
-
-
 def _block(text: str, language: str = 'python') -> str:
     return f'```{language}\n{text}\n```\n'
 
@@ -125,6 +102,7 @@ def model_card(folder: Path, repo_id: str) -> str:
     image = torch.zeros(shape)
     model = build_net(config, folder / 'config.json').eval()
     stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
+    costs = count_costs(model, image)
     terms = results.license if results else cfg.get('license', 'apache-2.0')
 
     evaluation: dict[str, Any] = {}
@@ -178,7 +156,10 @@ def model_card(folder: Path, repo_id: str) -> str:
         *([f'{results.description}\n'] if results and results.description else []),
         '## Model Details\n',
         '- **Model Type:** Image classification / feature backbone\n- **Model Stats:**\n'
-        + '\n'.join(f'  - {name}: {value}' for name, value in _costs(model, image).items())
+        f'  - Params (M): {costs.params / 1e6:.2f}\n'
+        f'  - GMACs: {costs.macs / 1e9:.3f}\n'
+        f'  - Activations (M): {costs.activations / 1e6:.2f}\n'
+        f'  - Image size: {image.shape[2]} x {image.shape[3]}'
         + (f'\n- **Dataset:** {results.dataset}' if results else '')
         + (
             f'\n- **Recipe:** `{results.recipe}`\n- **Seeds:** {", ".join(map(str, results.seeds))}'

@@ -86,13 +86,7 @@ def save_weights(model: nn.Module, file: Path) -> Path:
     """
     if file.exists():
         raise FileExistsError(f'{file} exists; give another name or remove it')
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f'.{file.name}.part')
-    try:
-        write_weights(unwrap_model(model).state_dict(), staging, {'format': 'pt'})
-        staging.rename(file)
-    finally:
-        staging.unlink(missing_ok=True)
+    write_weights(unwrap_model(model).state_dict(), file, {'format': 'pt'})
     return file
 
 

@@ -9,6 +9,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from timm_weighted_skip.files import write_file
+
 __all__ = ['read_weights', 'write_weights']
 
 DIGEST = 'sha256'
@@ -43,7 +45,7 @@ def write_weights(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[s
     """Write `tensors` with `metadata` and a digest."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = _digest(*_split(safetensors.torch.save(tensors, metadata)))
-    file.write_bytes(safetensors.torch.save(tensors, {**metadata, DIGEST: digest}))
+    write_file(file, safetensors.torch.save(tensors, {**metadata, DIGEST: digest}))
 
 
 def read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -16,38 +16,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-__all__ = ['link', 'read_checkpoint', 'read_metadata', 'read_weights', 'save_checkpoint', 'write_atomically']
+from timm_weighted_skip.files import replacing, write_file
+
+__all__ = ['link', 'read_checkpoint', 'read_metadata', 'read_weights', 'save_checkpoint']
 
 WEIGHTS, STATE = '.safetensors', '.pth.tar'
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or, after a failure, as it was before.
-
-    Raises:
-        OSError: It could not be written; what was there still is.
-    """
-    part = path.with_name(f'.{path.name}.part')
-    try:
-        with part.open('wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f'{path} could not be written ({error.strerror}); the files that were there are whole') from None
-
-
 def link(source: Path, name: str) -> None:
     """Give `source` a second name in its folder, in the place of the file that has it."""
-    part = source.with_name(f'.{name}.part')
-    part.unlink(missing_ok=True)
-    try:
-        os.link(source, part)
-        os.replace(part, source.with_name(name))
-    except OSError:  # a file system without links
-        write_atomically(source.with_name(name), source.read_bytes())
+    with replacing(source.with_name(name)) as part:
+        try:
+            os.link(source, part)
+        except OSError:  # a file system without links
+            part.write_bytes(source.read_bytes())
 
 
 def _stems(folder: Path) -> list[tuple[int, Path]]:
@@ -79,13 +61,15 @@ def save_checkpoint(
     for name, tensors in weights.items():
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
         suffix = f'.{name}{WEIGHTS}' if name else WEIGHTS
-        write_atomically(folder / f'{stem}{suffix}', to_safetensors(tensors, {'format': 'pt', **metadata}))
+        write_file(folder / f'{stem}{suffix}', to_safetensors(tensors, {'format': 'pt', **metadata}))
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(folder / f'{stem}{STATE}', buffer.getvalue())
+    write_file(folder / f'{stem}{STATE}', buffer.getvalue())
     for updates, older in _stems(folder):
         if updates < state['updates']:
-            for path in sorted(folder.glob(f'{older.name}.*')):  # .pth.tar goes first: what is left is no checkpoint
+            half_written = folder.glob(f'.{older.name}.*')  # by a run that was killed
+            # .pth.tar goes before the weights: what is left is no checkpoint.
+            for path in (*half_written, *sorted(folder.glob(f'{older.name}.*'))):
                 path.unlink()
     return folder / f'{stem}{WEIGHTS}'
 

@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 import timm
 
-from timm_weighted_skip.train.checkpoint import write_atomically
+from timm_weighted_skip.files import write_file
 from timm_weighted_skip.train.hook import add_arguments, install
 from timm_weighted_skip.train.recipe import list_recipes, recipe_path
 
@@ -78,8 +78,7 @@ def find_script(name: str = 'train', given: Optional[str] = None) -> Path:
         raise OSError(f'{url} could not be fetched ({error}); {ways}') from None
     if not _matches(content, name):
         raise OSError(f'{url} is not the file it was (SHA-256 {hashlib.sha256(content).hexdigest()}); {ways}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+    write_file(path, content)
     return path
 
 
@@ -87,7 +86,7 @@ def load_script(path: Path) -> ModuleType:
     """Load a script as a module of its name, as a process of its data loader would find it.
 
     Raises:
-        ImportError: It does not fit the installed timm, or can't be loaded for another reason.
+        ImportError: It does not fit the installed timm, needs another package, or is no script.
     """
     sys.path.insert(0, str(path.parent.resolve()))
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -98,6 +97,11 @@ def load_script(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
+        package = (error.name or '').partition('.')[0] if isinstance(error, ModuleNotFoundError) else 'timm'
+        if package != 'timm':
+            raise ImportError(
+                f'{path} needs {package}, which is not here; install it with: pip install {package}'
+            ) from None
         raise ImportError(
             f'{path} does not run with timm {timm.__version__} ({error}); give --train-script of a clone at tag '
             f'v{timm.__version__}'

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import timm_weighted_skip
 from timm_weighted_skip.data import ImageSet, load_image_set
+from timm_weighted_skip.files import write_file
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import (
     link,
@@ -33,7 +34,6 @@ from timm_weighted_skip.train.checkpoint import (
     read_metadata,
     read_weights,
     save_checkpoint,
-    write_atomically,
 )
 from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, normalisation
@@ -110,8 +110,7 @@ def run_seeds(
     results = []
     try:
         with _alone_in(folder):
-            args = yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False)
-            write_atomically(folder / ARGS, args.encode())
+            write_file(folder / ARGS, yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False))
             for seed in seeds:
                 task.recipe.seed = seed
                 of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
@@ -122,7 +121,7 @@ def run_seeds(
     if len(seeds) == 1:
         return results[0]
     result = summary(results)
-    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    write_file(folder / RESULT, json.dumps(result, indent=1))
     return result
 
 
@@ -219,7 +218,7 @@ def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar:
         book['best'] = {'epoch': number, **measured}
     book['last'] = {'epoch': number, **measured}
     # The line comes before the checkpoint: a run that is killed between them drops it and trains the epoch again.
-    write_atomically(folder / LOG, ''.join(json.dumps(each) + '\n' for each in book['log']).encode())
+    write_file(folder / LOG, ''.join(json.dumps(each) + '\n' for each in book['log']))
     _save(task, folder, trainer, book)
     bar.write(
         f'epoch {number + 1}/{trainer.epochs} {trained["phase"]}: lr {trained["lr"]:.4g}, '
@@ -315,7 +314,7 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
         with suppress(ValueError):  # a plain net has no weights to tell of
             images_in_order = (x for x, _ in trainer.test_batches.in_order())
             result['mapping_units'] = analysis(trainer.eval_net.eval(), images_in_order)
-    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+    write_file(folder / RESULT, json.dumps(result, indent=1))
     return result
 
 

@@ -1,0 +1,43 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+import os
+import stat
+
+import pytest
+
+from timm_weighted_skip.files import replacing, write_file
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / 'folder' / 'table.csv'
+    write_file(path, 'old')
+    with pytest.raises(TypeError):
+        write_file(path, 7)
+
+    def full(file):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match=r'table.csv could not be written \(No space left on device\)'):
+        write_file(path, 'new')
+    assert path.read_text() == 'old'
+    assert [file.name for file in path.parent.iterdir()] == ['table.csv']
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / 'table.csv'
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text('first')
+        second.write_text('second')
+    assert path.read_text() == 'first'  # the last to end
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_umask_is_respected(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            write_file(tmp_path / 'table.csv', '')
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / 'table.csv').stat().st_mode) == mode

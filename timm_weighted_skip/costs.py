@@ -1,0 +1,40 @@
+"""What a net costs for one batch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['Costs', 'count_costs']
+
+
+class Costs(NamedTuple):
+    """What timm's tables tell of a net.
+
+    Attributes:
+        params: Parameters.
+        macs: Multiply-accumulates of convolutions and linear layers.
+        activations: Numbers that those layers put out.
+    """
+
+    params: int
+    macs: int
+    activations: int
+
+
+@torch.no_grad()
+def count_costs(model: nn.Module, x: torch.Tensor) -> Costs:
+    """Costs of `model`, in the mode it is in, for `x`; on the meta device nothing is allocated or computed."""
+    activations = 0
+
+    def count(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        nonlocal activations
+        activations += output.numel()
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, activations)

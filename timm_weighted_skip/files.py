@@ -1,0 +1,40 @@
+"""Files that are there as a whole or, after a failure, as they were before."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Union
+
+__all__ = ['replacing', 'write_file']
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new path beside `path` to write a file to, which at the end takes the place of `path`.
+
+    Its name is its own: of two processes that write one file, each writes it as a whole.
+
+    Raises:
+        OSError: It could not be written; what was there still is.
+    """
+    part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with part.open('rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f'{path} could not be written ({reason}); the files that were there are whole') from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: Union[str, bytes]) -> None:
+    """Write `content` to `path` as a whole or not at all, see `replacing`."""
+    with replacing(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
