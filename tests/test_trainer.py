@@ -19,6 +19,7 @@ from timm.optim import list_optimizers
 from timm_weighted_skip.cli import main
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.layers import Gate
+from timm_weighted_skip.models.pretrained import checkpoint_root
 from timm_weighted_skip.train import checkpoint as checkpoints
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
 from timm_weighted_skip.train.runs import Run, run_seeds
@@ -235,6 +236,15 @@ def test_files_of_a_run_and_its_evaluation(tmp_path, capsys):
     with FileLock(tmp_path / 'run' / '.lock'):  # as another process has it that trains there
         assert main(['train', '--resume', str(tmp_path / 'run')]) == 1
     assert 'another process is training in' in capsys.readouterr().err
+
+
+def test_a_checkpoint_by_its_tag_has_the_accuracy_of_its_card(capsys):
+    assert main(['eval', 'awm_resnet14_cifar.digits', '--data', 'digits']) == 0
+    card = json.loads((checkpoint_root() / 'awm_resnet14_cifar.digits' / 'config.json').read_text())
+    measured = json.loads(capsys.readouterr().out)['top1']
+    assert measured == pytest.approx(card['results']['top1'][0], abs=0.05)
+    for target in ('awm_resnet14_cifar.none', 'nowhere/last.safetensors'):
+        assert main(['eval', target, '--data', 'digits']) == 1
 
 
 @pytest.mark.parametrize(('model', 'units'), [('resnet14_cifar', 0), ('adaresnet14_cifar', 6)])

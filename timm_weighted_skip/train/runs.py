@@ -364,7 +364,7 @@ def evaluate_saved(
         except RuntimeError as error:
             raise ValueError(f'{path} does not fit {model}: {str(error).splitlines()[0]}') from None
         mean, std = json.loads(metadata['mean']), json.loads(metadata['std'])
-    elif path.suffix:
+    elif path.suffix == '.safetensors' or len(path.parts) > 1:  # a model's tag looks like a suffix, too
         raise OSError(f'{path} is not there')
     else:
         try:
