@@ -81,9 +81,11 @@ MERGES = {
 }
 
 
+@pytest.mark.parametrize('chunk', [1, 240, 2**19], ids='chunks of {}'.format)
 @pytest.mark.parametrize('layouts', [(a, b) for a in LAYOUTS for b in LAYOUTS], ids=str)
 @pytest.mark.parametrize('name', MERGES)
-def test_output_and_all_gradients_are_the_plain_formulas(name, layouts):
+def test_output_and_all_gradients_are_the_plain_formulas(name, layouts, chunk, monkeypatch):
+    monkeypatch.setattr(fused, 'CHUNK', chunk)
     merge = MERGES[name]()
     inputs = [maps(layout=layouts[0])[0], maps(layout=layouts[1])[1]]
     for g in (torch.randn(3, 4, 5, 6).double(), torch.randn(3, 4, 1, 1).double().expand(3, 4, 5, 6)):

@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from timm_weighted_skip import fused_concat, mapping_units, set_fused_merge
+from timm_weighted_skip import fused, fused_concat, mapping_units, set_fused_merge
 from timm_weighted_skip.layers import Gate
 from timm_weighted_skip.models.dense import WeightedDenseBlock, WeightedDenseNet
 
@@ -83,7 +83,7 @@ def test_step_of_registered_nets(name, size, reads, taken):
 
 @pytest.mark.parametrize('size', [1, 40, 2**19])
 def test_chunks_are_all_worked_on(size, monkeypatch):
-    monkeypatch.setattr(fused_concat, 'CHUNK', size)
+    monkeypatch.setattr(fused, 'CHUNK', size)
     assert_both_forms_equal(small_net(), images(5))
 
 

@@ -12,6 +12,7 @@ same operations as on a CPU. The plain formula is used wherever its single opera
 `can_fuse`. tests/test_fused.py holds both forms equal.
 """
 
+from collections.abc import Iterable
 from functools import cache, partial
 from types import ModuleType
 from typing import Any, Optional
@@ -32,6 +33,9 @@ DTYPES = {
 
 # The largest error that recovering `F` may cost, relative to sum(|g * s|). In 32 bits it takes lam1 from about 0.06 up.
 TOLERANCE = 2e-6
+
+# Numbers of a map that are worked on at a time on a CPU, so that the steps of a pass find them in a cache.
+CHUNK = 2**19
 
 # Elements of one image's map from which `expand_relu` is faster than `mapping_relu`.
 SMALLEST_IMAGE = 2**15
@@ -169,6 +173,26 @@ def through_relu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
+def chunks(x: torch.Tensor, *others: Optional[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
+    """The images of tensors by the chunk; what is None is left out."""
+    tensors = [tensor for tensor in (x, *others) if tensor is not None]
+    step = max(1, CHUNK * torch.get_num_threads() * x.shape[0] // x.numel())
+    split = x.device.type == 'cpu' and step < x.shape[0]
+    return zip(*(tensor.split(step) for tensor in tensors)) if split else [tuple(tensors)]
+
+
+def _dots_through_relu(grad: torch.Tensor, y: torch.Tensor, *maps: torch.Tensor) -> list[torch.Tensor]:
+    """The gradient `g` before a ReLU, and `sum(g * map)` per image, (N,), for each of `maps`."""
+    if torch.is_grad_enabled():  # to be differentiated
+        grad = through_relu(grad, y)
+        return [grad, *((grad * x).sum((1, 2, 3)) for x in maps)]
+    before, dots = torch.empty_like(y), []
+    for g, after, own_y, *own in chunks(before, grad, y, *maps):  # a map of all products would cost more than the sums
+        torch.ops.aten.threshold_backward.grad_input(after, own_y, 0, grad_input=g)
+        dots.append([(g * x).sum((1, 2, 3)) for x in own])
+    return [before, *map(torch.cat, zip(*dots))]
+
+
 def _sum(own: torch.Tensor, share: Optional[torch.Tensor], overwrite: bool) -> torch.Tensor:
     if share is None:
         return own
@@ -193,8 +217,8 @@ class _SkipReLU(Function):
         y, shortcut, weight = ctx.saved_tensors
         if ctx.kernels is not None and shortcut is not None and not torch.is_grad_enabled():
             return *ctx.kernels.skip_gradients(grad, y, shortcut, weight), None
-        grad = through_relu(grad, y)
-        of_weight = (grad * shortcut).sum() if ctx.needs_input_grad[2] else None
+        grad, *dots = _dots_through_relu(grad, y, *(() if shortcut is None else (shortcut,)))
+        of_weight = dots[0].sum() if dots else None
         return grad, grad * weight if ctx.needs_input_grad[1] else None, of_weight, None
 
 
@@ -268,10 +292,7 @@ class _MappingReLU(Function):
             return grad, None, ctx.kernels.dots(grad, kept, shortcut, weight), None, None, None
         # With its graph the weight would hold the graph that holds it.
         ctx.link['weight'] = weight if torch.is_grad_enabled() else weight.detach()
-        grad = through_relu(grad, y)
-        by_shortcut = (grad * shortcut).sum((1, 2, 3))
+        grad, by_shortcut, by_residual = _dots_through_relu(grad, y, shortcut, y if kept is None else kept)
         if kept is None:
-            by_residual = ((grad * y).sum((1, 2, 3)) - weight[:, 1] * by_shortcut) / weight[:, 0]
-        else:
-            by_residual = (grad * kept).sum((1, 2, 3))
+            by_residual = (by_residual - weight[:, 1] * by_shortcut) / weight[:, 0]
         return grad, None, torch.stack([by_residual, by_shortcut], dim=1), None, None, None

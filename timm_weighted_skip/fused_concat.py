@@ -22,7 +22,6 @@ tests/test_fused_concat.py holds both forms equal.
 Shapes: N images, C channels of a map or of a buffer's first maps, H x W pixels.
 """
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, Optional
 
@@ -32,13 +31,10 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.autograd import Function
 
-from timm_weighted_skip.fused import is_eager, is_hooked, through_relu
+from timm_weighted_skip.fused import chunks, is_eager, is_hooked, through_relu
 from timm_weighted_skip.layers import ActiveWeightedConcat
 
 __all__ = ['DenseFeatures', 'can_buffer', 'can_read', 'read']
-
-# Numbers of a map that are worked on at a time, so that the steps of a pass find them in a cache.
-CHUNK = 2**19
 
 # What is read: maps (N, C, H, W) and their moments (N, C); the variance only where a norm needs it.
 Moments = tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
@@ -123,13 +119,6 @@ def _units(widths: tuple[int, ...]) -> torch.Tensor:
     """Each channel's unit, (C,)."""
     with torch.inference_mode(False):
         return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
-
-
-def _chunks(x: torch.Tensor, *others: Optional[torch.Tensor]) -> Iterable[tuple[torch.Tensor, ...]]:
-    """The images of tensors by the chunk; what is None is left out."""
-    tensors = [tensor for tensor in (x, *others) if tensor is not None]
-    step = max(1, CHUNK * torch.get_num_threads() * x.shape[0] // x.numel())
-    return zip(*(torch.split(tensor, step) for tensor in tensors)) if step < x.shape[0] else [tuple(tensors)]
 
 
 def _split(grad: Optional[torch.Tensor], at: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
@@ -228,7 +217,7 @@ class _Read(Function):
             factor = F.batch_norm(one, zero[0], sigma2, gamma, eps=norm.eps)[0]
         scale, shift = (weight_c * factor)[..., None, None], shift[:, None, None]
         y = torch.empty_like(x)
-        for own, by, out in _chunks(x, scale, y):
+        for own, by, out in chunks(x, scale, y):
             out.copy_(shift).addcmul_(own, by).relu_()  # with each broadcast by itself it is vectorised
         ctx.save_for_backward(x, mean, var, weight, gamma, beta, y, scale, mu, inverse)
         return y, *(t if needed else None for t, needed in zip((x, mean, var), ctx.needs_input_grad))
@@ -249,7 +238,7 @@ class _Read(Function):
         # Through relu(scale * x + shift).
         total = torch.empty_like(y) if ctx.needs_input_grad[0] else None
         of_scale, of_shift = torch.empty_like(mean), torch.empty_like(mean)
-        for part in _chunks(grad, y, x, scale, of_scale, of_shift, total, of_x):
+        for part in chunks(grad, y, x, scale, of_scale, of_shift, total, of_x):
             out, own, by, to_scale, to_shift, *sums = part[1:]
             g = through_relu(part[0], out)
             torch.sum(g * own, (2, 3), out=to_scale)
