@@ -12,7 +12,7 @@ def test_list_shows_costs_and_units(capsys):
     assert cli.main(['list', 'awm_resnet20*']) == 0
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[0] == 'model'
-    assert row.split() == ['awm_resnet20_cifar', '0.2835', '0.0408', '9', '3x32x32', '-']
+    assert row.split() == ['awm_resnet20_cifar', '0.2835', '0.0408', '9', '3x32x32', 'cifar10']
 
 
 def test_unknown_name_lists_near_ones(capsys):

@@ -86,7 +86,7 @@ def test_shared_weights_start_at_one(tmp_path, sharing):
     assert {unit.weight.item() for unit in timm_weighted_skip.mapping_units(net)} == {1.0}
 
 
-@pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet18_released', 'resnet20_cifar', 'awm_densenet_bc'])
+@pytest.mark.parametrize('name', ['awm_resnet44_cifar', 'adaresnet44_cifar', 'resnet44_cifar', 'awm_densenet_bc'])
 def test_a_name_without_checkpoint_says_so(name):
     with pytest.raises(RuntimeError, match=rf'No pretrained weights exist for {name}.*with weights: none'):
         timm.create_model(name, pretrained=True)
