@@ -6,6 +6,7 @@ import timm
 import torch
 from conftest import randomise
 from test_units import trained_gates
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 NAMES = ['awm_resnet14_cifar', 'adaresnet14_cifar', 'awm_densenet22_bc_cifar', 'adaresnet18_released']
 
@@ -59,3 +60,11 @@ def test_scripted_net_equals_the_eager_one():
         model = trained_gates('awm_resnet14_cifar').eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['awm_densenet22_bc_cifar', 'densenet22_bc_cifar', 'awm_resnet14_cifar'])
+def test_fx_extracts_features(name):
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 32, 32)
+    last = get_graph_node_names(model)[1][-1]
+    extracted = create_feature_extractor(model, [last])(x)[last]
+    torch.testing.assert_close(extracted, model(x))

@@ -42,7 +42,7 @@ Moments = tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
 
 def can_buffer(x: torch.Tensor) -> bool:
     """Whether a dense block may keep its maps as this file does: on a CPU, whose cache the steps are made for."""
-    return x.device.type == 'cpu' and is_eager(x)
+    return is_eager(x) and x.device.type == 'cpu'  # a proxy of FX has no device to compare
 
 
 class DenseFeatures(list):
