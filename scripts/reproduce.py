@@ -99,14 +99,15 @@ def train(manifest: Manifest, args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 60 * args.budget if args.budget else float('inf')
     waiting, active, failed, done = list(jobs), list[Process](), list[str](), 0
     # An epoch counts as much as its net computes, so that the time left is that of the work left.
-    cost = {job: model_cost(job.run.model).macs for job in jobs}
+    macs = {model: model_cost(model).macs for model in {job.run.model for job in jobs}}
+    cost, epochs = {job: macs[job.run.model] for job in jobs}, {job: job.run.epochs() for job in jobs}
     layout = '{desc}{percentage:3.0f} %|{bar}| {elapsed}<{remaining}'
-    total = sum(cost[job] * job.run.epochs() for job in jobs)
+    total = sum(cost[job] * epochs[job] for job in jobs)
     before = sum(cost[job] * finished_epochs(args.runs / job.name) for job in jobs)
     with tqdm(total=total, initial=before, bar_format=layout, disable=None) as bar:
 
         def announce() -> None:
-            names = ', '.join(f'{p.job.name} {p.epochs}/{p.job.run.epochs()}' for p in active)
+            names = ', '.join(f'{p.job.name} {p.epochs}/{epochs[p.job]}' for p in active)
             bar.set_description_str(f'{done}/{len(jobs)} runs; {names}: ')
 
         try:

@@ -39,10 +39,16 @@ DATA = {  # name, id on the Hub
 }
 
 
+def read_result(manifest: Manifest, job: Job) -> Optional[dict[str, Any]]:
+    """The result of a training, if it is finished."""
+    file = manifest.result_file(job)
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def read_results(manifest: Manifest, run: Run) -> dict[int, dict[str, Any]]:
     """Seed -> result of the finished trainings of a run."""
-    files = {seed: manifest.result_file(Job(run, seed)) for seed in run.seeds}
-    return {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+    results = ((seed, read_result(manifest, Job(run, seed))) for seed in run.seeds)
+    return {seed: result for seed, result in results if result is not None}
 
 
 def last_top1(results: dict[int, dict[str, Any]]) -> list[float]:
@@ -192,7 +198,7 @@ class Report:
         """What was run where, and how much was not."""
         jobs, rows = list(self.manifest.jobs()), []
         for job in jobs:
-            result = read_results(self.manifest, job.run).get(job.seed)
+            result = read_result(self.manifest, job)
             if result is None:
                 continue
             where = f'{result["device"]}, {result["threads"]} threads, torch {result["versions"]["torch"]}'
