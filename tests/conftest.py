@@ -4,10 +4,19 @@ import pytest
 import torch
 from torch import nn
 
+from timm_weighted_skip import set_fused_merge
+
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fused_merge():
+    """On again after a test that has turned it off."""
+    yield
+    set_fused_merge(True)
 
 
 @torch.no_grad()

@@ -19,12 +19,6 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 NETS = {'awm_resnet14_cifar': {}, 'adaresnet14_cifar': {'skip_init': 0.7}, 'adaresnet18_released': {'skip_init': -0.5}}
 
 
-@pytest.fixture(autouse=True)
-def _switched_on():
-    yield
-    set_fused_merge(True)
-
-
 @pytest.fixture
 def taken(monkeypatch):
     """A list that grows by an entry for each merge that the single step makes."""

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import randomise
-from test_fused import saved_bytes
+from test_fused import LAYOUTS, saved_bytes
 from test_units import trained_gates
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -16,14 +16,7 @@ from timm_weighted_skip import fused, fused_concat, mapping_units, set_fused_mer
 from timm_weighted_skip.layers import Gate
 from timm_weighted_skip.models.dense import WeightedDenseBlock, WeightedDenseNet
 
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 READS = 4  # of `small_net`: two layers and the transition of the first block, a layer of the second
-
-
-@pytest.fixture(autouse=True)
-def _switched_on():
-    yield
-    set_fused_merge(True)
 
 
 @pytest.fixture
