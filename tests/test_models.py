@@ -242,3 +242,22 @@ def test_too_small_an_input_is_refused(name, size, smallest):
     ):
         model(torch.randn(1, 3, size, size))
     model(torch.randn(1, 3, smallest, smallest))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 2), (3, 3)])
+def test_released_convolution_equals_the_plain_one(size):
+    conv = timm.create_model('adaresnet18_released').double().layer4[1].conv2
+    x = torch.randn(2, 512, *size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for y in (conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1)):
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()])])
+    torch.testing.assert_close(*results)
+
+
+def test_released_convolution_of_one_pixel_reads_its_centre_alone():
+    conv = timm.create_model('adaresnet18_released').layer4[1].conv2
+    border = torch.ones(3, 3, dtype=torch.bool)
+    border[1, 1] = False
+    with torch.no_grad():
+        conv.weight[..., border] = torch.nan
+    assert conv(torch.randn(1, 512, 1, 1)).isfinite().all()

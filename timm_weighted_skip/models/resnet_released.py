@@ -4,9 +4,11 @@ Its units are the rows of the paper's Tables I and II. It is not a ResNet-50 and
 halve the map, the first included, each starts with a projection unit, and every convolution has a bias.
 """
 
+import torch
 from timm.models import register_model
 from timm.models.resnet import ResNet, downsample_conv
 from torch import nn
+from torch.nn.functional import conv2d
 
 from timm_weighted_skip.layers import skip_weights
 from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet, build_resnet
@@ -14,6 +16,25 @@ from timm_weighted_skip.models.pretrained import default_cfgs_of
 from timm_weighted_skip.models.resnet_cifar import cifar_cfg
 
 __all__ = ['ReleasedResNet', 'released_cfg']
+
+
+class CentredConv2d(nn.Conv2d):
+    """A convolution of 3x3, padded by 1, that for maps of one pixel reads its centre alone: the rest meets padding.
+
+    The last stage has such maps and three quarters of the net's weights, which cost a CPU a quarter of a step. Traced and
+    exported nets keep the whole kernel, since they may be given other sizes.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if (
+                type(x) is torch.Tensor  # not a proxy of FX
+                and x.is_cpu
+                and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+                and x.shape[2:] == (1, 1)
+            ):
+                return conv2d(x, self.weight[:, :, 1:2, 1:2], self.bias)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 class ReleasedResNet(WeightedResNet):
@@ -35,6 +56,8 @@ class ReleasedResNet(WeightedResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.bias = nn.Parameter(module.weight.new_zeros(module.out_channels))
+                if (module.kernel_size, module.stride) == ((3, 3), (1, 1)):
+                    module.__class__ = CentredConv2d  # in place, so that weights are drawn as in timm's ResNet
         for info in self.feature_info[1:]:
             info['reduction'] *= 2
         self.min_input_size = 28  # MNIST's, which the paper feeds to it, although its stride is 64
