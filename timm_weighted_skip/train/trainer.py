@@ -201,7 +201,8 @@ class Trainer:
         if recipe.grad_checkpointing:
             net.set_grad_checkpointing()  # type: ignore[operator]
         self.net = net.to(self.device)
-        if channels_last:
+        if channels_last and self.device.type != 'cpu':
+            # On a CPU oneDNN lays weights out as it likes, and a fused optimizer copies those that are not contiguous.
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss_fn = LabelSmoothingCrossEntropy(recipe.smoothing) if recipe.smoothing else nn.CrossEntropyLoss()
         self.optimizer = self._make_optimizer()
