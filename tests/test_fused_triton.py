@@ -51,17 +51,22 @@ def test_every_kernel_compiles_to_a_gpus_machine_code(capability, dtype, sum_dty
     from timm_weighted_skip import fused_triton
 
     pointers = {'partial': f'*{sum_dtype}'}
-    constants = {'ACC': getattr(triton.language, f'float{sum_dtype[2:]}'), 'BLOCK': fused_triton.BLOCK}
+    constants = {
+        'ACC': getattr(triton.language, f'float{sum_dtype[2:]}'),
+        'BLOCK': fused_triton.BLOCK,
+        'SIDE': fused_triton.SIDE,
+    }
     cases = [
-        (fused_triton._merge_relu, {'PER_IMAGE': True}),
-        (fused_triton._merge_relu, {'PER_IMAGE': False}),
+        (fused_triton._skip_relu, {}),
+        (fused_triton._mapping_relu, {'CHANNELS_LAST': True}),
+        (fused_triton._mapping_relu, {'CHANNELS_LAST': False}),
         (fused_triton._dots, {}),
         (fused_triton._gradients, {'CHANNELS_LAST': True}),
         (fused_triton._gradients, {'CHANNELS_LAST': False}),
         (fused_triton._skip_gradients, {}),
     ]
     for kernel, choice in cases:
-        fixed = {**constants, **choice}
+        fixed = {name: value for name, value in {**constants, **choice}.items() if name in kernel.arg_names}
         numbers = dict.fromkeys(('size', 'channels', 'pixels'), 'i32')
         types = {name: {**pointers, **numbers}.get(name, f'*{dtype}') for name in kernel.arg_names}
         source = ASTSource(kernel, {**types, **dict.fromkeys(fixed, 'constexpr')}, fixed)
@@ -75,6 +80,7 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(fused, '_kernels_of', lambda device: fused_triton)
     monkeypatch.setattr(fused_triton, 'BLOCK', 64)  # so that the small maps here take several programs each
+    monkeypatch.setattr(fused_triton, 'SIDE', 4)
     return fused_triton
 
 
@@ -82,7 +88,7 @@ def kernels(monkeypatch):
 def launched(kernels, monkeypatch):
     """Names of the steps that the kernels take, as they come."""
     names = []
-    for name in ('merge_relu', 'dots', 'gradients', 'skip_gradients'):
+    for name in ('mapping_relu', 'dots', 'gradients', 'skip_relu', 'skip_gradients'):
         step = getattr(kernels, name)
         monkeypatch.setattr(
             kernels, name, lambda *args, step=step, name=name, **kwargs: names.append(name) or step(*args, **kwargs)
@@ -128,8 +134,9 @@ def test_low_precision_rounds_only_what_it_stores(lam1, dtype, kernels):
     of_residual, of_shortcut, of_weight = torch.autograd.grad(y, exact, g.double())
     shares = share.double().unflatten(1, (2, 8))[..., None, None].unbind(1)
 
-    y = kernels.merge_relu(residual, shortcut, weight, overwrite=False)
+    y, means = kernels.mapping_relu(residual, shortcut, weight, overwrite=False)
     torch.testing.assert_close(y, y_exact.to(dtype))
+    torch.testing.assert_close(means, y_exact.mean((2, 3)).to(dtype))
     if DEVICE == 'cuda' or dtype != torch.bfloat16:  # to which the interpreter does not round but truncates
         assert torch.equal(y[1], torch.relu(residual + shortcut)[1])  # identity, to the bit
     torch.testing.assert_close(kernels.dots(g, residual, shortcut, weight), of_weight.to(dtype))
@@ -168,9 +175,40 @@ def test_gradients_of_the_weights_alone_and_of_one_map_alone(launched):
 def test_nan_and_infinity_pass_as_through_torch(kernels):
     residual = torch.tensor([float('nan'), float('inf'), -float('inf'), -1.0], device=DEVICE).view(1, 1, 2, 2)
     weight = torch.ones(1, 2, device=DEVICE)
-    y = kernels.merge_relu(residual.clone(), torch.zeros_like(residual), weight)
+    y, _ = kernels.mapping_relu(residual.clone(), torch.zeros_like(residual), weight)
     assert y.flatten().tolist()[1:] == [float('inf'), 0, 0]
     assert y.flatten()[0].isnan()
+
+
+@runs_kernels
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_means_go_to_the_next_unit(layout, launched, monkeypatch):
+    first, second = (mapping(c=6).to(DEVICE) for _ in range(2))
+    inputs = [torch.randn(2, 6, 5, 5, device=DEVICE).double().contiguous(memory_format=layout) for _ in range(3)]
+    inputs = [x.requires_grad_() for x in inputs]
+    taken = []
+    carried = fused._carried_means
+    monkeypatch.setattr(fused, '_carried_means', lambda x: taken.append(carried(x)) or taken[-1])
+
+    def gradients_through_both(step):
+        y = step(second, inputs[2], step(first, *inputs[:2]))
+        return torch.autograd.grad(y.square().sum(), [*inputs, *first.parameters(), *second.parameters()])
+
+    for ours, theirs in zip(gradients_through_both(single), gradients_through_both(plain)):
+        torch.testing.assert_close(ours, theirs)
+    assert taken[0] is None
+    torch.testing.assert_close(taken[1], single(first, *inputs[:2]).mean((2, 3)))
+
+
+@runs_kernels
+def test_means_of_a_map_that_was_written_to_are_not_used(kernels):
+    residual, shortcut = (x.detach() for x in maps(LAYOUTS[:1] * 2))
+    y = single(mapping().to(DEVICE), residual, shortcut)
+    assert fused._carried_means(y) is not None
+    y.add_(1)
+    assert fused._carried_means(y) is None
+    with torch.inference_mode():  # which does not tell
+        assert fused._carried_means(single(mapping().to(DEVICE), residual, shortcut)) is None
 
 
 @runs_kernels
@@ -178,6 +216,7 @@ def test_nan_and_infinity_pass_as_through_torch(kernels):
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'adaresnet14_cifar'])
 def test_whole_nets_train_alike(name, layout, launched, monkeypatch, kernels):
     monkeypatch.setattr(kernels, 'BLOCK', 4096)
+    monkeypatch.setattr(kernels, 'SIDE', 64)
     model = randomise(trained_gates(name)).double().to(DEVICE, memory_format=layout).train()
     x = torch.randn(2, 3, 16, 16, device=DEVICE).double().contiguous(memory_format=layout)
     results = []

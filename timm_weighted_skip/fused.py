@@ -117,12 +117,26 @@ def mapping_relu(residual: torch.Tensor, shortcut: torch.Tensor, gate: nn.Module
     """`relu(w1 * residual + w2 * shortcut)` with `w = gate(concat(GAP(residual), GAP(shortcut)))`, over `residual`."""
     link: dict[str, Any] = {}
     kernels = _kernels(residual, shortcut)
-    z, passed = _Means.apply(residual, shortcut, link)  # z: (N, 2C)
+    z, passed = _Means.apply(residual, shortcut, _carried_means(shortcut), link)  # z: (N, 2C)
     weight = gate(z).to(residual.dtype)  # (N, 2)
     keep = torch.is_grad_enabled() and (
         kernels is not None or residual.device.type != 'cpu' or not _recoverable(weight.detach())
     )
-    return _MappingReLU.apply(passed, shortcut, weight, residual if keep else None, link, kernels)
+    y = _MappingReLU.apply(passed, shortcut, weight, residual if keep else None, link, kernels)
+    _carry_means(y, link.pop('means', None))
+    return y
+
+
+def _carry_means(y: torch.Tensor, means: Optional[torch.Tensor]) -> None:
+    """Have `y` bring its channel means, (N, C), to the next unit, whose shortcut it may be."""
+    if means is not None and not y.is_inference():  # which would not know that it was written to
+        y._channel_means = means, y._version  # type: ignore[attr-defined]
+
+
+def _carried_means(shortcut: torch.Tensor) -> Optional[torch.Tensor]:
+    """The channel means that a unit's output brings along, unless it was written to since."""
+    means, version = getattr(shortcut, '_channel_means', (None, None))
+    return means if means is not None and shortcut._version == version else None
 
 
 def expand_relu(
@@ -207,7 +221,7 @@ class _SkipReLU(Function):
         if kernels is None:
             y = residual.detach().addcmul_(weight, shortcut).relu_()
         else:
-            y = kernels.merge_relu(residual, shortcut, weight)
+            y = kernels.skip_relu(residual, shortcut, weight)
         ctx.kernels = kernels
         ctx.save_for_backward(y, shortcut if ctx.needs_input_grad[2] else None, weight)
         return y
@@ -230,15 +244,22 @@ class _Means(Function):
     needs dL/dw from the merge; `_MappingReLU` therefore hands on the gradient before its weights, through the residual
     that is passed on here, and leaves in `link` what makes both maps' gradients of it. The maps that it reads itself do
     not come through here: double backward gives those gradients of their own, which no weight is to multiply.
+    `of_shortcut`, where given, is the shortcut's mean, whose gradient is the shortcut's all the same.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, residual: torch.Tensor, shortcut: torch.Tensor, link: dict[str, Any]
+        ctx: Any,
+        residual: torch.Tensor,
+        shortcut: torch.Tensor,
+        of_shortcut: Optional[torch.Tensor],
+        link: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.link, ctx.size = link, residual.shape[2:]
         ctx.set_materialize_grads(False)
-        return torch.cat([residual.flatten(2).mean(2), shortcut.flatten(2).mean(2)], dim=1), residual
+        if of_shortcut is None:
+            of_shortcut = shortcut.flatten(2).mean(2)
+        return torch.cat([residual.flatten(2).mean(2), of_shortcut], dim=1), residual
 
     @staticmethod
     def backward(
@@ -248,18 +269,18 @@ class _Means(Function):
         if of_z is not None:
             of_z = of_z / ctx.size.numel()
         if write is not None and grad is not None:
-            return *write(grad, share=of_z), None
+            return *write(grad, share=of_z), None, None
         shares = (None, None)
         if of_z is not None:
             shares = of_z.unflatten(1, (2, -1))[..., None, None].expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
         if grad is None:  # of a loss on the weights alone
-            return *shares, None
+            return *shares, None, None
         by_residual, by_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         # Nobody else holds this gradient and what is made of it, unless they are themselves to be differentiated.
         overwrite = not torch.is_grad_enabled()
         of_shortcut = _sum(grad * by_shortcut, shares[1], overwrite)
         of_residual = _sum(grad.mul_(by_residual) if overwrite else grad * by_residual, shares[0], overwrite)
-        return of_residual, of_shortcut, None
+        return of_residual, of_shortcut, None, None
 
 
 class _MappingReLU(Function):
@@ -278,7 +299,7 @@ class _MappingReLU(Function):
             y = passed.detach().mul_(of_residual) if kept is None else kept * of_residual
             y = y.addcmul_(of_shortcut, shortcut).relu_()
         else:
-            y = kernels.merge_relu(passed, shortcut, weight, overwrite=kept is None)
+            y, link['means'] = kernels.mapping_relu(passed, shortcut, weight, overwrite=kept is None)
         ctx.link, ctx.kernels = link, kernels
         ctx.save_for_backward(y, shortcut, weight, kept)
         return y

@@ -1,8 +1,9 @@
 """The steps of `fused` on a GPU: Triton kernels that pass over the maps once each.
 
 A map (N, C, H, W) is taken as N rows of C * H * W elements in the order in which they lie in memory, so that one kernel
-serves contiguous and channels-last maps. A program handles `BLOCK` elements of one image. Maps of any precision are
-summed in 32 bits, those of 64 bits in 64. tests/test_fused_triton.py holds the kernels equal to the plain formulas.
+serves contiguous and channels-last maps. A program handles `BLOCK` elements of one image or, where it sums by channel,
+`SIDE` pixels of `SIDE` channels. Maps of any precision are summed in 32 bits, those of 64 bits in 64, and always in the
+same order. tests/test_fused_triton.py holds the kernels equal to the plain formulas.
 """
 
 from typing import Optional
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 4096
+SIDE = 64
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -36,17 +38,45 @@ def _elements(size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _merge_relu(y, residual, shortcut, weight, size, PER_IMAGE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _relu(x):
+    return tl.where(x <= 0, 0.0, x)  # lets NaN through, as torch's does
+
+
+@triton.jit
+def _skip_relu(y, residual, shortcut, weight, size, ACC: tl.constexpr, BLOCK: tl.constexpr):
     image, offset, inside = _elements(size, BLOCK)
     at = image * size + offset
-    merged = _load(residual, at, inside, ACC)
-    if PER_IMAGE:
-        merged = tl.load(weight + 2 * image).to(ACC) * merged
-        of_shortcut = tl.load(weight + 2 * image + 1).to(ACC)
+    merged = _load(residual, at, inside, ACC) + tl.load(weight).to(ACC) * _load(shortcut, at, inside, ACC)
+    tl.store(y + at, _relu(merged), mask=inside)
+
+
+@triton.jit
+def _mapping_relu(
+    y,
+    partial,
+    residual,
+    shortcut,
+    weight,
+    channels,
+    pixels,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    image, row, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    channel, pixel = row * SIDE + tl.arange(0, SIDE), column * SIDE + tl.arange(0, SIDE)
+    inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
+    if CHANNELS_LAST:
+        offset = channel[:, None] + pixel[None, :] * channels
     else:
-        of_shortcut = tl.load(weight).to(ACC)
-    merged += of_shortcut * _load(shortcut, at, inside, ACC)
-    tl.store(y + at, tl.where(merged <= 0, 0.0, merged), mask=inside)  # lets NaN through, as torch's ReLU does
+        offset = channel[:, None] * pixels + pixel[None, :]
+    at = image * channels * pixels + offset
+    merged = tl.load(weight + 2 * image).to(ACC) * _load(residual, at, inside, ACC)
+    merged += tl.load(weight + 2 * image + 1).to(ACC) * _load(shortcut, at, inside, ACC)
+    output = _relu(merged)
+    tl.store(y + at, output, mask=inside)
+    cell = (image * tl.num_programs(2) + column) * channels + channel
+    tl.store(partial + cell, tl.sum(output, axis=1), mask=channel < channels)
 
 
 @triton.jit
@@ -113,16 +143,29 @@ def _precision(x: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
     return (tl.float64, torch.float64) if x.dtype == torch.float64 else (tl.float32, torch.float32)
 
 
-def merge_relu(
-    residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor, overwrite: bool = True
-) -> torch.Tensor:
-    """`relu(w1 * residual + w2 * shortcut)` of weights (N, 2), or `relu(residual + w * shortcut)` of a scalar `w`."""
-    y = residual.detach() if overwrite else torch.empty_like(residual)
-    with torch.cuda.device_of(residual):
-        _merge_relu[_grid(residual)](
-            y, residual, shortcut, weight.contiguous(), y[0].numel(), weight.ndim == 2, _precision(y)[0], BLOCK
-        )
+def skip_relu(residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`relu(residual + w * shortcut)` of a scalar `w`, over `residual`."""
+    y = residual.detach()
+    with torch.cuda.device_of(y):
+        _skip_relu[_grid(y)](y, residual, shortcut, weight, y[0].numel(), _precision(y)[0], BLOCK)
     return y
+
+
+def mapping_relu(
+    residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor, overwrite: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`relu(w1 * residual + w2 * shortcut)` of weights (N, 2), and its channel means (N, C) from the same pass."""
+    y = residual.detach() if overwrite else torch.empty_like(residual)
+    count, channels, pixels = *y.shape[:2], y.shape[2:].numel()
+    acc, dtype = _precision(y)
+    grid = count, triton.cdiv(channels, SIDE), triton.cdiv(pixels, SIDE)
+    partial = torch.empty(count, grid[2], channels, dtype=dtype, device=y.device)
+    channels_last = layout_of(y) == torch.channels_last
+    with torch.cuda.device_of(y):
+        _mapping_relu[grid](
+            y, partial, residual, shortcut, weight.contiguous(), channels, pixels, channels_last, acc, SIDE
+        )
+    return y, (partial.sum(1) / pixels).to(y.dtype)
 
 
 def dots(grad: torch.Tensor, residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
