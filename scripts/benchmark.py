@@ -55,7 +55,8 @@ BACKBONES = {
 # Ada: as plain; backward reads s for dL/dw and writes a gradient of its own for s.
 # AWM: both maps are read once more for their means (in eval a bottleneck's branch where it has a quarter of the
 # channels, before its last convolution); backward first reads g, y and s for dL/dlam, then g and y again to
-# write two gradients, since the gate's own gradient enters them.
+# write two gradients, since the gate's own gradient enters them. Compiled for training, the mean of the branch
+# and dL/dlam1 come from the norm's passes; left are reading s for its mean and for dL/dlam2, and the second gradient.
 # Concat: none. The weights enter the affine of the norm that goes over the maps in any case. The means are taken once
 # per map and not per reader, which is not counted.
 PASSES = {SkipWeight: (3, 5), ActiveWeightedMapping: (5, 7), ActiveWeightedConcat: (0, 0)}
@@ -91,7 +92,7 @@ class Net:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.name, self.train = name, args.mode == 'train'
+        self.name, self.train, self.compiled = name, args.mode == 'train', args.compile
         size: Any = get_pretrained_cfg_value(name, 'input_size')
         channels, height, width = size
         height, width = (args.img_size, args.img_size) if args.img_size else (height, width)
@@ -168,7 +169,9 @@ def extra_bytes(net: Net) -> float:
             return
         passes, plain = PASSES[type(merge)], PLAIN_PASSES[type(merge)]
         extra: float = passes[0] - plain[0] + (passes[1] - plain[1] if net.train else 0)
-        if type(merge) is ActiveWeightedMapping and merge in expanded and not net.train:
+        if type(merge) is ActiveWeightedMapping and net.train and net.compiled:
+            extra = 3
+        elif type(merge) is ActiveWeightedMapping and merge in expanded and not net.train:
             extra -= 0.75
         total += extra * output.numel() * output.element_size()
 

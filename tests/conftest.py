@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from timm_weighted_skip import set_fused_merge
+from timm_weighted_skip.layers import ActiveWeightedMapping, SkipWeight
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,22 @@ def _fused_merge():
     """On again after a test that has turned it off."""
     yield
     set_fused_merge(True)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """A list that grows by an entry for each merge that the single step makes."""
+    calls = []
+    for merge, name in (
+        (SkipWeight, 'merge_relu'),
+        (ActiveWeightedMapping, 'merge_relu'),
+        (ActiveWeightedMapping, 'norm_relu'),
+    ):
+        step = getattr(merge, name)
+        monkeypatch.setattr(
+            merge, name, lambda *args, step=step, name=name, **kwargs: calls.append(name) or step(*args, **kwargs)
+        )
+    return calls
 
 
 @torch.no_grad()

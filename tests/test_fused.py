@@ -6,33 +6,16 @@ import pytest
 import timm
 import torch
 from conftest import randomise
-from test_units import trained_gates, with_trained_gates
+from test_units import trained_gates
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from timm_weighted_skip import fused, mapping_units, set_fused_merge
-from timm_weighted_skip.convert import to_awm
+from timm_weighted_skip import fused, set_fused_merge
 from timm_weighted_skip.layers import ActiveWeightedMapping, SkipWeight
 from timm_weighted_skip.models.blocks import WeightedBasicBlock
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 NETS = {'awm_resnet14_cifar': {}, 'adaresnet14_cifar': {'skip_init': 0.7}, 'adaresnet18_released': {'skip_init': -0.5}}
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """A list that grows by an entry for each merge that the single step makes."""
-    calls = []
-    for merge, name in (
-        (SkipWeight, 'merge_relu'),
-        (ActiveWeightedMapping, 'merge_relu'),
-        (ActiveWeightedMapping, 'expand_relu'),
-    ):
-        step = getattr(merge, name)
-        monkeypatch.setattr(
-            merge, name, lambda *args, step=step, name=name, **kwargs: calls.append(name) or step(*args, **kwargs)
-        )
-    return calls
 
 
 def mapping(c=4, **kwargs) -> ActiveWeightedMapping:
@@ -208,69 +191,6 @@ def test_training_keeps_little_more_than_the_plain_net(name):
     assert saved_bytes(timm.create_model(name), x) <= 1.08 * kept
     set_fused_merge(False)
     assert name.startswith('ada') or saved_bytes(timm.create_model(name), x) > 1.2 * kept
-
-
-@pytest.fixture
-def bottlenecks(monkeypatch):
-    """A plain net of four bottlenecks, whose maps of any size count as large enough."""
-    monkeypatch.setattr(fused, 'SMALLEST_IMAGE', 1)
-    return randomise(timm.create_model('resnet50', layers=(1, 1, 1, 1), num_classes=5)).eval()
-
-
-@pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('n', [1, 3])
-@torch.no_grad()
-def test_a_weight_known_before_the_last_convolution_keeps_identity_to_the_bit(bottlenecks, n, layout, taken):
-    model = bottlenecks.to(memory_format=layout)
-    x = torch.randn(n, 3, 64, 96).contiguous(memory_format=layout)
-    assert torch.equal(to_awm(model)(x), model(x))
-    assert taken == ['expand_relu'] * 4
-
-
-@pytest.mark.parametrize('layout', LAYOUTS)
-@torch.no_grad()
-def test_a_weight_known_before_the_last_convolution_is_the_plain_formulas(bottlenecks, layout, taken):
-    model = with_trained_gates(to_awm(bottlenecks)).double().to(memory_format=layout)
-    x = torch.randn(3, 3, 64, 96).double().contiguous(memory_format=layout)
-    y, weights = model(x), [unit.weight for unit in mapping_units(model, x)]
-    assert taken == ['expand_relu'] * 8
-    set_fused_merge(False)
-    torch.testing.assert_close(y, model(x), rtol=1e-12, atol=1e-12)
-    assert torch.std(weights[1]) > 0.01
-    for ours, unit in zip(weights, mapping_units(model, x)):
-        torch.testing.assert_close(ours, unit.weight, rtol=1e-12, atol=1e-12)
-
-
-def test_the_weight_comes_after_the_last_convolution_where_that_matters(bottlenecks, monkeypatch, taken):
-    block, x = with_trained_gates(to_awm(bottlenecks)).layer1[0], torch.randn(2, 64, 9, 9)
-
-    def forward(step, training=False):
-        taken.clear()
-        block.train(training)
-        with torch.no_grad():
-            y = block(x)
-        assert taken == step
-        return y
-
-    expected = forward(['expand_relu'])
-    torch.testing.assert_close(block(x), expected)  # with gradients
-    assert taken == ['expand_relu', 'merge_relu']
-    for module, step in ((block.conv3, 'merge_relu'), (block.bn3, 'merge_relu'), (block.merge, ''), (block.act3, '')):
-        seen = []
-        handle = module.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y.shape))
-        torch.testing.assert_close(forward([step] if step else []), expected)
-        assert seen == [expected.shape]
-        handle.remove()
-    with torch.autocast('cpu', torch.bfloat16):
-        forward([])
-    block.se = nn.Identity()
-    forward(['merge_relu'])
-    block.se = None
-    monkeypatch.setattr(fused, 'SMALLEST_IMAGE', 2**15)
-    torch.testing.assert_close(forward(['merge_relu']), expected)
-    with torch.no_grad():
-        assert block(x[:0]).shape == (0, 256, 9, 9)
-    forward(['merge_relu'], training=True)
 
 
 def test_blocks_fall_back_where_single_operations_are_needed(taken):

@@ -8,8 +8,9 @@ only `y` and `s` for the backward pass. It needs no `F` there: where the ReLU pa
 
 The division loses precision as `w1` goes to 0, and then `F` is kept. On a GPU it always is: the host would have to wait
 for `w1`, and in 16 bits the loss is large. The kernels of `fused_triton` do the step there; without Triton it takes the
-same operations as on a CPU. The plain formula is used wherever its single operations are wanted or needed: see
-`can_fuse`. tests/test_fused.py holds both forms equal.
+same operations as on a CPU. Where the norm before the merge can be part of the step, that of `fused_norm` is taken; the
+plain formula is used wherever its single operations are wanted or needed: see `can_fuse`. tests/test_fused.py holds
+both forms equal.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,6 @@ from types import ModuleType
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function, forward_ad
 
@@ -37,9 +37,6 @@ TOLERANCE = 2e-6
 # Numbers of a map that are worked on at a time on a CPU, so that the steps of a pass find them in a cache.
 CHUNK = 2**19
 
-# Elements of one image's map from which `expand_relu` is faster than `mapping_relu`.
-SMALLEST_IMAGE = 2**15
-
 
 def set_fused_merge(enable: bool = True) -> None:
     """Whether blocks may weigh and apply norm or ReLU in one step, for every net of this process; on by default.
@@ -48,6 +45,11 @@ def set_fused_merge(enable: bool = True) -> None:
     """
     global _enabled
     _enabled = enable
+
+
+def is_enabled() -> bool:
+    """What `set_fused_merge` was told."""
+    return _enabled
 
 
 def can_fuse(merge: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut: torch.Tensor) -> bool:
@@ -66,30 +68,9 @@ def can_fuse(merge: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut:
     )
 
 
-def can_fuse_expansion(merge: nn.Module, conv: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `merge.expand_relu(x, shortcut, conv, norm)` may stand for `act(merge(norm(conv(x)), shortcut))`.
-
-    It may where `can_fuse` holds, on a CPU and without gradients, for a pointwise `conv` and a plain batch norm in eval
-    mode. Maps are then handled image by image, which small ones do not repay.
-    """
-    return (
-        is_eager(x)
-        and x.device.type == 'cpu'
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
-        and type(act) is nn.ReLU
-        and 'expand_relu' in vars(type(merge))
-        and type(conv) is nn.Conv2d
-        and (conv.kernel_size, conv.stride, conv.padding) == ((1, 1), (1, 1), (0, 0))
-        and type(norm) is nn.BatchNorm2d
-        and not (norm.training or norm.running_mean is None or norm.weight is None)
-        and conv.out_channels * x.shape[2:].numel() >= SMALLEST_IMAGE
-        and not any(map(is_hooked, (merge, conv, norm, act)))
-    )
-
-
 def is_eager(*maps: torch.Tensor) -> bool:
     """Whether steps that only plain eager mode knows may work on `maps`, and `set_fused_merge` lets them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _enabled:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_enabled():
         return False
     device, dtype = maps[0].device, maps[0].dtype
     return (
@@ -137,26 +118,6 @@ def _carried_means(shortcut: torch.Tensor) -> Optional[torch.Tensor]:
     """The channel means that a unit's output brings along, unless it was written to since."""
     means, version = getattr(shortcut, '_channel_means', (None, None))
     return means if means is not None and shortcut._version == version else None
-
-
-def expand_relu(
-    x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.BatchNorm2d, gate: nn.Module
-) -> torch.Tensor:
-    """`relu(w1 * F + w2 * shortcut)` of `F = norm(conv(x))`, with the weights known before `F` is.
-
-    A pointwise convolution and a batch norm in eval mode are affine, so `GAP(F) = norm(conv(GAP(x)))`, and in a
-    bottleneck `x` has a quarter of the channels. With `w1` at hand the norm's own pass multiplies by it, as its weight
-    and bias. At `w1 = 1` these are the norm's to the last bit, and the kernel is the one that the plain net runs.
-    Image by image, what a pass writes is still in the cache when the next one reads it.
-    """
-    of_residual = norm(conv(x.flatten(2).mean(2)[..., None, None]))  # (N, C, 1, 1)
-    weight = gate(torch.cat([of_residual.flatten(1), shortcut.flatten(2).mean(2)], dim=1)).to(x.dtype)  # (N, 2)
-    y = conv(x)  # (N, C, H, W)
-    scaled = weight[:, :1] * norm.weight, weight[:, :1] * norm.bias  # (N, C)
-    for image, s, gamma, beta, w2 in zip(y.split(1), shortcut.split(1), *scaled, weight[:, 1], strict=True):
-        residual = F.batch_norm(image, norm.running_mean, norm.running_var, gamma, beta, eps=norm.eps)
-        torch.addcmul(residual, w2, s, out=image)
-    return y.relu_()
 
 
 def _kernels(residual: torch.Tensor, shortcut: torch.Tensor) -> Optional[ModuleType]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_weighted_skip import fused
+from timm_weighted_skip import fused, fused_norm
 
 __all__ = ['ActiveWeightedConcat', 'ActiveWeightedMapping', 'Gate', 'SkipWeight', 'skip_weights']
 
@@ -218,13 +218,11 @@ class ActiveWeightedMapping(nn.Module):
             return residual.add_(shortcut).relu_()
         return fused.mapping_relu(residual, shortcut, self.gate)
 
-    def expand_relu(
-        self, x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Module, norm: nn.BatchNorm2d
-    ) -> torch.Tensor:
-        """`relu(self(norm(conv(x)), shortcut))` in eval mode."""
+    def norm_relu(self, x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> torch.Tensor:
+        """`relu(self(norm(conv(x)), shortcut))`, where `fused_norm.can_fuse_norm`."""
         if self.gate is None:
-            return self.merge_relu(norm(conv(x)), shortcut)
-        return fused.expand_relu(x, shortcut, conv, norm, self.gate)
+            return (norm(conv(x)) + shortcut).relu_()
+        return fused_norm.norm_relu(x, shortcut, conv, norm, self.gate)
 
 
 class ActiveWeightedConcat(nn.Module):

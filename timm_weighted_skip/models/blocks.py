@@ -8,7 +8,8 @@ from timm.models import build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from timm_weighted_skip.fused import can_fuse, can_fuse_expansion
+from timm_weighted_skip.fused import can_fuse
+from timm_weighted_skip.fused_norm import can_fuse_norm
 from timm_weighted_skip.layers import check_count
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
 
@@ -35,6 +36,11 @@ class MappingUnit:
         if not self.merge.starts_closed:
             super().zero_init_last()
 
+    def can_fuse_norm(self, conv: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
+        """Whether nothing stands between the last norm and the merge, and `merge.norm_relu` may do both."""
+        dropped = self.drop_path is not None and self.drop_path.training
+        return self.se is None and not dropped and can_fuse_norm(self.merge, conv, norm, act, x)
+
 
 class WeightedBasicBlock(MappingUnit, BasicBlock):
     """timm's `BasicBlock` with a weighted merge."""
@@ -47,6 +53,12 @@ class WeightedBasicBlock(MappingUnit, BasicBlock):
         x = self.drop_block(x)
         x = self.act1(x)
         x = self.aa(x)
+
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if self.can_fuse_norm(self.conv2, self.bn2, self.act2, x):
+                if self.downsample is not None:
+                    shortcut = self.downsample(shortcut)
+                return self.merge.norm_relu(x, shortcut, self.conv2, self.bn2)
 
         x = self.conv2(x)
         x = self.bn2(x)
@@ -82,14 +94,10 @@ class WeightedBottleneck(MappingUnit, Bottleneck):
         x = self.aa(x)
 
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
-            if (
-                self.se is None
-                and (self.drop_path is None or not self.drop_path.training)
-                and can_fuse_expansion(self.merge, self.conv3, self.bn3, self.act3, x)
-            ):
+            if self.can_fuse_norm(self.conv3, self.bn3, self.act3, x):
                 if self.downsample is not None:
                     shortcut = self.downsample(shortcut)
-                return self.merge.expand_relu(x, shortcut, self.conv3, self.bn3)
+                return self.merge.norm_relu(x, shortcut, self.conv3, self.bn3)
 
         x = self.conv3(x)
         x = self.bn3(x)
