@@ -21,6 +21,8 @@ multiplies by w1, image by image, so that what a pass writes is still in the cac
 tests/test_fused_norm.py holds both equal to the plain formula.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,7 +35,7 @@ __all__ = ['can_fuse_norm', 'norm_relu']
 SMALLEST_IMAGE = 2**15
 
 
-def can_fuse_norm(merge: nn.Module, conv: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
+def can_fuse_norm(merge: nn.Module, conv: Any, norm: Any, act: nn.Module, x: torch.Tensor) -> bool:
     """Whether `merge.norm_relu(x, shortcut, conv, norm)` may stand for `act(merge(norm(conv(x)), shortcut))`.
 
     It may for a plain batch norm, a ReLU and no hooks; while compiling or exporting, if the norm takes its statistics
@@ -96,9 +98,7 @@ def _image_by_image(
     return z.relu_()
 
 
-def _with_batch_statistics(
-    z: torch.Tensor, shortcut: torch.Tensor, norm: nn.BatchNorm2d, gate: nn.Module
-) -> torch.Tensor:
+def _with_batch_statistics(z: torch.Tensor, shortcut: torch.Tensor, norm: Any, gate: nn.Module) -> torch.Tensor:
     """`relu(w1 * norm(z) + w2 * shortcut)` of a norm in training; moves its running statistics as it does."""
     wide = z.to(torch.promote_types(z.dtype, torch.float32))  # (N, C, H, W)
     count = z.numel() // z.shape[1]
