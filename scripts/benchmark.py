@@ -92,7 +92,8 @@ class Net:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.name, self.train, self.compiled = name, args.mode == 'train', args.compile
+        self.name, self.train = name, args.mode == 'train'
+        self.fused_norm = args.compile and not args.no_fused_merge
         size: Any = get_pretrained_cfg_value(name, 'input_size')
         channels, height, width = size
         height, width = (args.img_size, args.img_size) if args.img_size else (height, width)
@@ -169,8 +170,8 @@ def extra_bytes(net: Net) -> float:
             return
         passes, plain = PASSES[type(merge)], PLAIN_PASSES[type(merge)]
         extra: float = passes[0] - plain[0] + (passes[1] - plain[1] if net.train else 0)
-        if type(merge) is ActiveWeightedMapping and net.train and net.compiled:
-            extra = 3
+        if type(merge) is ActiveWeightedMapping and net.train and net.fused_norm:
+            extra -= 3
         elif type(merge) is ActiveWeightedMapping and merge in expanded and not net.train:
             extra -= 0.75
         total += extra * output.numel() * output.element_size()

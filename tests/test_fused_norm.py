@@ -9,7 +9,7 @@ from conftest import randomise
 from test_units import trained_gates, with_trained_gates
 from torch import nn
 
-from timm_weighted_skip import fused_norm, mapping_units, set_fused_merge
+from timm_weighted_skip import AlternateFreezing, fused_norm, mapping_units, set_fused_merge
 from timm_weighted_skip.convert import to_awm
 from timm_weighted_skip.layers import Gate
 
@@ -152,6 +152,8 @@ def test_compiled_training_in_bfloat16_is_as_precise_as_the_plain_formula():
 def test_compiled_training_falls_back_where_single_operations_are_needed():
     block = nets('awm_resnet14_cifar').layer1[0]
     x = torch.randn(2, 16, 8, 8)
+    without_bias = nn.BatchNorm2d(16)
+    without_bias.bias = None
 
     def moments(change, undo):
         handle = change()
@@ -175,12 +177,38 @@ def test_compiled_training_falls_back_where_single_operations_are_needed():
         ('act2', nn.SiLU()),
         ('bn2', nn.BatchNorm2d(16, affine=False)),
         ('bn2', nn.BatchNorm2d(16, track_running_stats=False)),
+        ('bn2', without_bias),
         ('bn2', nn.GroupNorm(4, 16)),
     ):
         assert moments(*replaced(name, module)) == 0
 
 
-def test_one_value_has_no_variance():
-    model = nets('awm_resnet14_cifar').layer1[0].train()
+def test_one_value_has_no_variance_and_none_changes_nothing():
+    block = nets('awm_resnet14_cifar').layer1[0].train()
     with pytest.raises(Exception, match='more than 1 value'):
-        compiled(model)[0](torch.randn(1, 16, 1, 1))
+        compiled(block)[0](torch.randn(1, 16, 1, 1))
+    empty, _ = compiled(block)
+    assert empty(torch.randn(0, 16, 8, 8)).shape == (0, 16, 8, 8)
+    assert torch.equal(empty.bn2.running_mean, block.bn2.running_mean)
+
+
+def test_compiled_training_keeps_frozen_statistics():
+    model, x = nets('awm_resnet14_cifar').double().train(), torch.randn(4, 3, 32, 32).double()
+    AlternateFreezing(period=1, freeze_bn_stats=True)(model, 1)
+    step = train_step(compiled(model)[0], x)
+    assert all(torch.equal(step[name], buffer) for name, buffer in model.named_buffers())
+    set_fused_merge(False)
+    for key, value in train_step(model, x).items():
+        torch.testing.assert_close(step[key], value, rtol=1e-7, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize('norms', [torch.bfloat16, torch.float32])
+def test_a_bfloat16_net_trains_compiled(norms):
+    block = nets('awm_resnet14_cifar').layer1[0].train().bfloat16()
+    for norm in (block.bn1, block.bn2):
+        norm.to(norms)
+    x = torch.randn(8, 16, 8, 8).bfloat16()
+    y = compiled(block)[0](x)
+    assert y.dtype == torch.bfloat16
+    set_fused_merge(False)
+    torch.testing.assert_close(y, block(x), rtol=0.05, atol=0.05)

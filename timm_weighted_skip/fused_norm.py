@@ -8,15 +8,16 @@ Of z = conv(x) with F = norm(z), the merge is affine in z and s, with factors pe
 The mean of F, which the gate asks for, needs no pass over F: it is what the norm makes of z's mean. A pointwise
 convolution's mean is the convolution of its input's, which in a bottleneck has a quarter of the channels.
 
-What is made of this depends on who runs it. A compiler gets single operations that it can fuse into the plain net's
-passes and one more over s, for its mean. In training there is one over z for each image's mean m and variance v, of
-which follow the gate's features as well as the batch's statistics,
+What is made of this depends on who runs it. For training, a compiler gets single operations that it can fuse into the
+plain net's passes and one more over s, for its mean: one over z for each image's mean m and variance v, of which follow
+the gate's features as well as the batch's statistics,
 
     mu = E_n[m],  sigma^2 = E_n[v] + Var_n[m] + eps
 
 and one over z and s for the output; backward one for the gradients of scale, shift and w2, all of them sums over an
-image's channel, and one for those of z and s. In eager mode on a CPU, without gradients, the norm's own kernel
-multiplies by w1, image by image, so that what a pass writes is still in the cache when the next one reads it.
+image's channel, and one for those of z and s. In eval mode it gets the plain formula, with a bottleneck's gate before
+its last convolution. In eager mode on a CPU, without gradients, the norm's own kernel then multiplies by w1, image by
+image, so that what a pass writes is still in the cache when the next one reads it.
 
 tests/test_fused_norm.py holds both equal to the plain formula.
 """
@@ -38,16 +39,18 @@ SMALLEST_IMAGE = 2**15
 def can_fuse_norm(merge: nn.Module, conv: Any, norm: Any, act: nn.Module, x: torch.Tensor) -> bool:
     """Whether `merge.norm_relu(x, shortcut, conv, norm)` may stand for `act(merge(norm(conv(x)), shortcut))`.
 
-    It may for a plain batch norm, a ReLU and no hooks; while compiling or exporting, if the norm takes its statistics
-    from the batch or `conv` is pointwise; in eager mode where `fused.can_fuse` holds, on a CPU, without gradients, in
-    eval mode, for a pointwise `conv` whose maps are large enough to be handled image by image.
+    It may for a plain batch norm, a ReLU and no hooks: while compiling or exporting, if the norm takes its statistics
+    from a batch of more than one value per channel and has a momentum, or is in eval mode behind a pointwise `conv`;
+    in eager mode on a CPU, without gradients, in eval mode, for a pointwise `conv` whose maps are large enough to be
+    handled image by image.
     """
     if not (
         is_enabled()
         and type(act) is nn.ReLU
-        and 'norm_relu' in vars(type(merge))  # a subclass may have another `forward`
+        and 'norm_relu' in type(merge).__dict__  # a subclass may have another `forward`; torch 2.6 can't trace `vars`
         and type(norm) is nn.BatchNorm2d
         and norm.weight is not None
+        and norm.bias is not None
         and norm.running_mean is not None
         and not any(map(is_hooked, (merge, conv, norm, act)))
     ):
@@ -56,7 +59,7 @@ def can_fuse_norm(merge: nn.Module, conv: Any, norm: Any, act: nn.Module, x: tor
         (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
     )
     if torch.compiler.is_compiling():
-        return norm.momentum is not None if norm.training else pointwise
+        return norm.momentum is not None and x.numel() > x.shape[1] if norm.training else pointwise
     return (
         is_eager(x)
         and x.device.type == 'cpu'
@@ -101,18 +104,18 @@ def _image_by_image(
 def _with_batch_statistics(z: torch.Tensor, shortcut: torch.Tensor, norm: Any, gate: nn.Module) -> torch.Tensor:
     """`relu(w1 * norm(z) + w2 * shortcut)` of a norm in training; moves its running statistics as it does."""
     wide = z.to(torch.promote_types(z.dtype, torch.float32))  # (N, C, H, W)
-    count = z.numel() // z.shape[1]
-    if count == 1:
-        norm(z)  # which says that one value has no variance
     v, m = torch.var_mean(wide, (2, 3), correction=0)  # (N, C)
     mu, var = m.mean(0), v.mean(0) + m.var(0, correction=0)  # (C,)
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mu.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+    if norm.track_running_stats:
+        count = z.numel() // z.shape[1]
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            norm.running_mean.lerp_(mu.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
     scale = norm.weight * (var + norm.eps).rsqrt()  # (C,)
     shift = norm.bias - mu * scale
-    weight = gate(torch.cat([m * scale + shift, shortcut.flatten(2).mean(2)], dim=1)).to(wide.dtype)  # (N, 2)
+    features = torch.cat([(m * scale + shift).to(z.dtype), shortcut.flatten(2).mean(2)], dim=1)  # (N, 2C)
+    weight = gate(features).to(wide.dtype)  # (N, 2)
     # Expanded to (N, C), so that the gradient of w2 is summed over the same pixels as those of scale and shift.
     w1, w2 = weight[:, :, None].expand(-1, -1, z.shape[1]).unbind(1)
     scale, shift, w2 = (by[..., None, None] for by in (w1 * scale, w1 * shift, w2))  # (N, C, 1, 1)
