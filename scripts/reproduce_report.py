@@ -24,7 +24,7 @@ from timm_weighted_skip.analysis.nets import load_net
 from timm_weighted_skip.analysis.tables import Result, Table, require
 from timm_weighted_skip.analysis.variance import group_variance
 from timm_weighted_skip.files import write_file
-from timm_weighted_skip.hub import Results, save_checkpoint
+from timm_weighted_skip.hub import Results, save_checkpoint, update_results
 from timm_weighted_skip.train.checkpoint import read_metadata
 
 if TYPE_CHECKING:
@@ -268,40 +268,49 @@ def write_report(manifest: Manifest, readme: Path = ROOT / 'README.md') -> None:
     fill(readme, {'checkpoints': checkpoint_table(), 'reproduction': report.summary()})
 
 
+def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]]) -> Results:
+    """What the checkpoint of a run, of its first seed, says of it and of the runs that it is compared with."""
+    first = results[run.seeds[0]]
+    runs = manifest.experiments[run.experiment].runs.values()
+    others = [o for o in runs if o.baseline == run.name or o.name == run.baseline]
+    comparison = {other.model: last_top1(read_results(manifest, other)) for other in others}
+    name, identifier = DATA[run.data]
+    return Results(
+        dataset=name,
+        dataset_id=identifier,
+        split='test',
+        recipe=f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}',
+        epochs=first['epochs'],
+        seeds=list(results),
+        top1=[round(value, 2) for value in last_top1(results)],
+        seed=run.seeds[0],
+        commit=str(first['commit']),
+        description=run.about and f'{run.about[0].upper()}{run.about[1:]}.',
+        comparison={name: [round(value, 2) for value in top1] for name, top1 in comparison.items() if top1},
+    )
+
+
 def write_checkpoints(manifest: Manifest, runs: Path, root: Path = ROOT / 'hub_cards') -> None:
-    """Make `<model>.<data>` of the first seed of every finished run that the manifest marks, unless it is there."""
+    """Make `<model>.<data>` of the first seed of every finished run that the manifest marks.
+
+    One that is there keeps its weights, and says what has been measured since.
+    """
     for experiment in manifest.experiments.values():
         for run in experiment.runs.values():
             folder, results = root / f'{run.model}.{run.data}', read_results(manifest, run)
-            if not run.checkpoint or run.seeds[0] not in results or folder.exists():
+            if not run.checkpoint or run.seeds[0] not in results:
                 continue
-            first, weights = results[run.seeds[0]], runs / Job(run, run.seeds[0]).name / 'last.safetensors'
+            if folder.exists():
+                update_results(folder, results_of(manifest, run, results))
+                continue
+            weights = runs / Job(run, run.seeds[0]).name / 'last.safetensors'
             model: Any = load_net(str(weights))
             metadata, trained_on = read_metadata(weights), timm.models.get_pretrained_cfg(run.model)
             assert trained_on is not None
-            channels = len(first['mean'])
+            channels = len(results[run.seeds[0]]['mean'])
             size = (28, 28) if run.data == 'mnist' else trained_on.input_size[1:]
             model.pretrained_cfg.update(
                 input_size=(channels, *size), label_names=json.loads(metadata['classes']), license='apache-2.0'
             )
-            others = [o for o in experiment.runs.values() if o.baseline == run.name or o.name == run.baseline]
-            comparison = {other.model: last_top1(read_results(manifest, other)) for other in others}
-            name, identifier = DATA[run.data]
-            save_checkpoint(
-                model,
-                folder,
-                Results(
-                    dataset=name,
-                    dataset_id=identifier,
-                    split='test',
-                    recipe=f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}',
-                    epochs=first['epochs'],
-                    seeds=list(results),
-                    top1=[round(value, 2) for value in last_top1(results)],
-                    seed=run.seeds[0],
-                    commit=str(first['commit']),
-                    description=run.about and f'{run.about[0].upper()}{run.about[1:]}.',
-                    comparison={name: [round(value, 2) for value in top1] for name, top1 in comparison.items() if top1},
-                ),
-            )
+            save_checkpoint(model, folder, results_of(manifest, run, results))
             print(f'wrote {folder}')

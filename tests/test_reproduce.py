@@ -126,6 +126,14 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     assert measured['top1'] == [round(result['last']['top1'], 2) for result in results.values()]
     assert list(measured['comparison']) == ['resnet14_cifar']
 
+    weights = (folder / 'model.safetensors').read_bytes()
+    (tmp_path / 'results/small/awm.seed1.json').unlink()
+    report.write_checkpoints(manifest, tmp_path / 'runs', tmp_path / 'cards')
+    validate_checkpoint(folder)
+    assert json.loads((folder / 'config.json').read_text())['results']['top1'] == measured['top1'][:1]
+    assert f'{measured["top1"][0]:.2f} (n=1)' in (folder / 'README.md').read_text()
+    assert (folder / 'model.safetensors').read_bytes() == weights
+
 
 def test_killed_and_interrupted_it_goes_on(tmp_path):
     (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('epochs: 2', 'epochs: 6'))

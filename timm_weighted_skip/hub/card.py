@@ -1,5 +1,6 @@
 """The model card of a checkpoint directory, made of its config: timm's sections, no number by hand."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +115,15 @@ def model_card(folder: Path, repo_id: str) -> str:
             dataset_split=results.split,
             metric_type='accuracy',
         )
-        mean = round(sum(results.top1) / len(results.top1), 2)
         own = results.top1[results.seeds.index(results.seed)]
+        measured = {f'top-1 of these weights (seed {results.seed})': own}
+        if len(results.top1) > 1:
+            measured[f'top-1, mean of {len(results.top1)} seeds'] = round(statistics.fmean(results.top1), 2)
         evaluation = dict(
             datasets=[results.dataset_id] if '/' in results.dataset_id else None,
             metrics=['accuracy'],
             model_name=repo_id.split('/')[-1],
-            eval_results=[
-                EvalResult(**same, metric_value=own, metric_name=f'top-1 of these weights (seed {results.seed})'),
-                EvalResult(**same, metric_value=mean, metric_name=f'top-1, mean of {len(results.top1)} seeds'),
-            ],
+            eval_results=[EvalResult(**same, metric_value=value, metric_name=n) for n, value in measured.items()],
         )
     data = ModelCardData(
         library_name='timm',

@@ -13,13 +13,14 @@ from timm.utils import unwrap_model
 from torch import nn
 
 import timm_weighted_skip
+from timm_weighted_skip.files import write_file
 from timm_weighted_skip.hub.card import model_card
 from timm_weighted_skip.hub.checkpoint import validate_checkpoint
-from timm_weighted_skip.hub.config import SAMPLE, Results, model_config
+from timm_weighted_skip.hub.config import SAMPLE, Results, model_config, read_json
 from timm_weighted_skip.hub.weights import write_weights
 from timm_weighted_skip.models.pretrained import HUB_OWNER
 
-__all__ = ['save_checkpoint', 'save_weights']
+__all__ = ['save_checkpoint', 'save_weights', 'update_results']
 
 
 def save_checkpoint(
@@ -76,6 +77,13 @@ def save_checkpoint(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def update_results(folder: Path, results: Results) -> None:
+    """Have config and card of a checkpoint directory say `results`, as when more seeds or a baseline were trained."""
+    config = {**read_json(folder / 'config.json'), 'results': results.to_dict()}
+    write_file(folder / 'config.json', json.dumps(config, indent=2) + '\n')
+    write_file(folder / 'README.md', model_card(folder, f'{HUB_OWNER}/{folder.name}'))
 
 
 def save_weights(model: nn.Module, file: Path) -> Path:
