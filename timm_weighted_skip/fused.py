@@ -90,6 +90,20 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+@torch.no_grad()
+def move_statistics(norm: Any, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+    """Move a batch norm's running statistics to those of a batch, as its own forward does.
+
+    Args:
+        norm: It has a momentum.
+        mean, var: Of the batch, (C,), the variance without correction.
+        count: Values per channel.
+    """
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+
+
 def skip_relu(residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`relu(residual + weight * shortcut)` of a scalar `weight`, overwriting `residual`."""
     return _SkipReLU.apply(residual, shortcut, weight.to(residual.dtype), _kernels(residual, shortcut))

@@ -31,7 +31,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.autograd import Function
 
-from timm_weighted_skip.fused import chunks, is_eager, is_hooked, through_relu
+from timm_weighted_skip.fused import chunks, is_eager, is_hooked, move_statistics, through_relu
 from timm_weighted_skip.layers import ActiveWeightedConcat
 
 __all__ = ['DenseFeatures', 'can_buffer', 'can_read', 'read']
@@ -201,10 +201,7 @@ class _Read(Function):
         weight_c = weight.index_select(1, units)  # (N, C)
         if norm.training:
             mu, sigma2 = _statistics(weight_c, mean, var)
-            count = x.numel() // x.shape[1]
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mu, norm.momentum)
-            norm.running_var.lerp_(sigma2 * (count / (count - 1)), norm.momentum)
+            move_statistics(norm, mu, sigma2, x.numel() // x.shape[1])
         else:
             mu, sigma2 = norm.running_mean, norm.running_var
         inverse = (sigma2 + norm.eps).sqrt_().reciprocal_()

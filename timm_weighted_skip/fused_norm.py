@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_weighted_skip.fused import is_eager, is_enabled, is_hooked
+from timm_weighted_skip.fused import is_eager, is_enabled, is_hooked, move_statistics
 
 __all__ = ['can_fuse_norm', 'norm_relu']
 
@@ -36,37 +36,44 @@ __all__ = ['can_fuse_norm', 'norm_relu']
 SMALLEST_IMAGE = 2**15
 
 
-def can_fuse_norm(merge: nn.Module, conv: Any, norm: Any, act: nn.Module, x: torch.Tensor) -> bool:
+def can_fuse_norm(merge: Any, conv: Any, norm: Any, act: nn.Module, x: torch.Tensor) -> bool:
     """Whether `merge.norm_relu(x, shortcut, conv, norm)` may stand for `act(merge(norm(conv(x)), shortcut))`.
 
-    It may for a plain batch norm, a ReLU and no hooks: while compiling or exporting, if the norm takes its statistics
-    from a batch of more than one value per channel and has a momentum, or is in eval mode behind a pointwise `conv`;
-    in eager mode on a CPU, without gradients, in eval mode, for a pointwise `conv` whose maps are large enough to be
-    handled image by image.
+    It may for a merge with a gate, a plain batch norm, a ReLU and no hooks: while compiling or exporting, if the norm
+    takes its statistics from a batch of more than one value per channel and has a momentum, or is in eval mode behind a
+    pointwise `conv`; in eager mode on a CPU, without gradients, in eval mode, for a pointwise `conv` whose maps are
+    large enough to be handled image by image.
     """
     if not (
         is_enabled()
+        and type(norm) is nn.BatchNorm2d
         and type(act) is nn.ReLU
         and 'norm_relu' in type(merge).__dict__  # a subclass may have another `forward`; torch 2.6 can't trace `vars`
-        and type(norm) is nn.BatchNorm2d
-        and norm.weight is not None
-        and norm.bias is not None
-        and norm.running_mean is not None
-        and not any(map(is_hooked, (merge, conv, norm, act)))
+        and merge.gate is not None
     ):
         return False
-    pointwise = type(conv) is nn.Conv2d and (
-        (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
-    )
-    if torch.compiler.is_compiling():
-        return norm.momentum is not None and x.numel() > x.shape[1] if norm.training else pointwise
+    if not torch.compiler.is_compiling():
+        possible = (
+            not (norm.training or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
+            and is_eager(x)
+            and x.device.type == 'cpu'
+            and _is_pointwise(conv)
+            and conv.out_channels * x.shape[2:].numel() >= SMALLEST_IMAGE
+        )
+    elif norm.training:
+        possible = norm.momentum is not None and x.numel() > x.shape[1]
+    else:
+        possible = _is_pointwise(conv)
     return (
-        is_eager(x)
-        and x.device.type == 'cpu'
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
-        and pointwise
-        and not norm.training
-        and conv.out_channels * x.shape[2:].numel() >= SMALLEST_IMAGE
+        possible
+        and not (norm.weight is None or norm.bias is None or norm.running_mean is None)
+        and not any(map(is_hooked, (merge, conv, norm, act)))
+    )
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and (
+        (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
     )
 
 
@@ -107,11 +114,7 @@ def _with_batch_statistics(z: torch.Tensor, shortcut: torch.Tensor, norm: Any, g
     v, m = torch.var_mean(wide, (2, 3), correction=0)  # (N, C)
     mu, var = m.mean(0), v.mean(0) + m.var(0, correction=0)  # (C,)
     if norm.track_running_stats:
-        count = z.numel() // z.shape[1]
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mu.to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), norm.momentum)
+        move_statistics(norm, mu, var, z.numel() // z.shape[1])
     scale = norm.weight * (var + norm.eps).rsqrt()  # (C,)
     shift = norm.bias - mu * scale
     features = torch.cat([(m * scale + shift).to(z.dtype), shortcut.flatten(2).mean(2)], dim=1)  # (N, 2C)

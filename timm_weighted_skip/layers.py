@@ -220,8 +220,7 @@ class ActiveWeightedMapping(nn.Module):
 
     def norm_relu(self, x: torch.Tensor, shortcut: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> torch.Tensor:
         """`relu(self(norm(conv(x)), shortcut))`, where `fused_norm.can_fuse_norm`."""
-        if self.gate is None:
-            return self.merge_relu(norm(conv(x)), shortcut)
+        assert self.gate is not None  # `can_fuse_norm` has asked
         return fused_norm.norm_relu(x, shortcut, conv, norm, self.gate)
 
 
