@@ -63,9 +63,7 @@ def save_checkpoint(
     staging = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
         sample = _sample(model, config['pretrained_cfg']['input_size'])
-        (staging / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-        card = model_card(staging, f'{HUB_OWNER}/{folder.name}')
-        (staging / 'README.md').write_text(card, encoding='utf-8')
+        _write_config_and_card(staging, config, folder.name)
         write_weights(model.state_dict(), staging / 'model.safetensors', metadata)
         (staging / SAMPLE).parent.mkdir()
         write_weights(sample, staging / SAMPLE, {'format': 'pt'})
@@ -82,8 +80,13 @@ def save_checkpoint(
 def update_results(folder: Path, results: Results) -> None:
     """Have config and card of a checkpoint directory say `results`, as when more seeds or a baseline were trained."""
     config = {**read_json(folder / 'config.json'), 'results': results.to_dict()}
+    _write_config_and_card(folder, config, folder.name)
+
+
+def _write_config_and_card(folder: Path, config: dict[str, Any], name: str) -> None:
+    """Write the texts of the checkpoint directory `name` to `folder`; the card is made of the config."""
     write_file(folder / 'config.json', json.dumps(config, indent=2) + '\n')
-    write_file(folder / 'README.md', model_card(folder, f'{HUB_OWNER}/{folder.name}'))
+    write_file(folder / 'README.md', model_card(folder, f'{HUB_OWNER}/{name}'))
 
 
 def save_weights(model: nn.Module, file: Path) -> Path:
