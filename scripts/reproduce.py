@@ -6,8 +6,8 @@
     scripts/reproduce.py --checkpoints                                            # hub_cards
 
 Runs are taken in the manifest's order, and of each experiment first every run's first seed. A finished run has a file
-under `results/`, beside the manifest, and is not trained again; one that was stopped, by Ctrl-C, a kill or the end of
-the budget, goes on where it was. Each is a process of its own that runs `weighted-skip train`; its folder, with
+under `results/`, beside the manifest, and is not trained again; one that was stopped, by Ctrl-C, SIGTERM, a kill or the
+end of the budget, goes on where it was. Each is a process of its own that runs `weighted-skip train`; its folder, with
 checkpoints and output, is below `--runs`.
 """
 
@@ -104,6 +104,7 @@ def train(manifest: Manifest, args: argparse.Namespace) -> int:
     layout = '{desc}{percentage:3.0f} %|{bar}| {elapsed}<{remaining}'
     total = sum(cost[job] * epochs[job] for job in jobs)
     before = sum(cost[job] * finished_epochs(args.runs / job.name) for job in jobs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop like Ctrl-C
     with tqdm(total=total, initial=before, bar_format=layout, disable=None) as bar:
 
         def announce() -> None:
@@ -132,7 +133,7 @@ def train(manifest: Manifest, args: argparse.Namespace) -> int:
             pass
         finally:
             for process in active:
-                process.handle.send_signal(signal.SIGINT)  # it saves what it has and ends
+                process.handle.terminate()  # it saves what it has and ends
             for process in active:
                 process.handle.wait()
     left = len(jobs) - done - len(failed)

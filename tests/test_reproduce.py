@@ -143,11 +143,12 @@ def test_killed_and_interrupted_it_goes_on(tmp_path):
         while process.poll() is None and (not log.exists() or log.read_bytes().count(b'\n') < count):
             time.sleep(0.01)
 
-    process = start(tmp_path, '--only', '*/awm/seed0')
-    wait_for_lines(1, process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, '1 left; the same command goes on' in out) == (0, True), err
+    for epochs, stop in ((1, signal.SIGINT), (2, signal.SIGTERM)):
+        process = start(tmp_path, '--only', '*/awm/seed0')
+        wait_for_lines(epochs, process)
+        process.send_signal(stop)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, '1 left; the same command goes on' in out) == (0, True), err
 
     process = start(tmp_path, '--only', '*/awm/seed0')
     wait_for_lines(3, process)
