@@ -9,7 +9,7 @@ from typing import Any, Optional
 from timm.models import is_model
 
 from timm_weighted_skip.train.freezing import AlternateFreezing
-from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml
+from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml, recipe_arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +47,8 @@ class Run:
 
     def arguments(self) -> list[str]:
         """Those of `weighted-skip train`, without seed, device and folders."""
-        arguments = ['--model', self.model, '--data', self.data, '--recipe', self.recipe]
-        for name, value in self.options.items():
-            option = name.replace('_', '-')
-            if isinstance(value, bool):
-                arguments.append(f'--{option}' if value else f'--no-{option}')
-            elif isinstance(value, dict):
-                arguments += [f'--{option}', *(f'{key}={each}' for key, each in value.items())]
-            else:
-                arguments += [f'--{option}', *map(str, value if isinstance(value, list) else [value])]
-        return arguments
+        source = ['--model', self.model, '--data', self.data, '--recipe', self.recipe]
+        return [*source, *recipe_arguments(self.options)]
 
 
 @dataclass(frozen=True)

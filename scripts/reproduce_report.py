@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -20,23 +21,16 @@ from timm_weighted_skip.analysis.curves import curves, sweep
 from timm_weighted_skip.analysis.figures import colour, label_units, new_figure, render, styled
 from timm_weighted_skip.analysis.inspection import weights_of_rounds
 from timm_weighted_skip.analysis.listing import model_cost
-from timm_weighted_skip.analysis.nets import load_net
 from timm_weighted_skip.analysis.tables import Result, Table, require
 from timm_weighted_skip.analysis.variance import group_variance
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.hub import Results, save_checkpoint, update_results
-from timm_weighted_skip.train.checkpoint import read_metadata
+from timm_weighted_skip.hub.source import load_source
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-DATA = {  # name, id on the Hub
-    'cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
-    'cifar100': ('CIFAR-100', 'uoft-cs/cifar100'),
-    'mnist': ('MNIST', 'ylecun/mnist'),
-    'digits': ("scikit-learn's digits", 'sklearn-digits'),
-}
 
 
 def read_result(manifest: Manifest, job: Job) -> Optional[dict[str, Any]]:
@@ -274,17 +268,9 @@ def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]])
     runs = manifest.experiments[run.experiment].runs.values()
     others = [o for o in runs if o.baseline == run.name or o.name == run.baseline]
     comparison = {other.model: last_top1(read_results(manifest, other)) for other in others}
-    name, identifier = DATA[run.data]
-    return Results(
-        dataset=name,
-        dataset_id=identifier,
-        split='test',
-        recipe=f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}',
-        epochs=first['epochs'],
-        seeds=list(results),
-        top1=[round(value, 2) for value in last_top1(results)],
-        seed=run.seeds[0],
-        commit=str(first['commit']),
+    command = f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}'
+    return replace(
+        Results.of_run({**first, 'command': command}, {'seeds': list(results), 'last': {'top1': last_top1(results)}}),
         description=run.about and f'{run.about[0].upper()}{run.about[1:]}.',
         comparison={name: [round(value, 2) for value in top1] for name, top1 in comparison.items() if top1},
     )
@@ -303,14 +289,6 @@ def write_checkpoints(manifest: Manifest, runs: Path, root: Path = ROOT / 'hub_c
             if folder.exists():
                 update_results(folder, results_of(manifest, run, results))
                 continue
-            weights = runs / Job(run, run.seeds[0]).name / 'last.safetensors'
-            model: Any = load_net(str(weights))
-            metadata, trained_on = read_metadata(weights), timm.models.get_pretrained_cfg(run.model)
-            assert trained_on is not None
-            channels = len(results[run.seeds[0]]['mean'])
-            size = (28, 28) if run.data == 'mnist' else trained_on.input_size[1:]
-            model.pretrained_cfg.update(
-                input_size=(channels, *size), label_names=json.loads(metadata['classes']), license='apache-2.0'
-            )
-            save_checkpoint(model, folder, results_of(manifest, run, results))
+            model, model_args = load_source(str(runs / Job(run, run.seeds[0]).name))
+            save_checkpoint(model, folder, results_of(manifest, run, results), model_args)
             print(f'wrote {folder}')

@@ -15,6 +15,7 @@ from torch import nn
 from timm_weighted_skip.analysis import tables
 from timm_weighted_skip.cli import main
 from timm_weighted_skip.layers import Gate
+from timm_weighted_skip.nets import Trained
 
 
 def make_net(name='awm_resnet14_cifar', seed=0, **kwargs):
@@ -38,14 +39,8 @@ def folder(tmp_path_factory):
 def run_folder(path, net, name):
     """A run's weights, which say what they are of."""
     path.mkdir()
-    about = {
-        'model': name,
-        'model_kwargs': '{}',
-        'classes': json.dumps([*'0123456789']),
-        'mean': '[0.3]',
-        'std': '[0.4]',
-    }
-    save_file(net.state_dict(), path / 'last.safetensors', about)
+    about = Trained(name, {}, [*'0123456789'], [1, 8, 8], [0.3], [0.4])
+    save_file(net.state_dict(), path / 'last.safetensors', about.metadata())
     (path / 'log.jsonl').write_text('{"epoch": 0, "phase": "gates", "loss": 1, "test_loss": 1, "test_top1": 9}\n')
     (path / 'result.json').write_text(json.dumps({'model': name, 'recipe': {'lr': 0.1}}))
     return path

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_card_says_what_was_measured(folder):
     assert 'after the last of 4 epochs' in text
     assert '| **awm_resnet14_cifar** | 90.50 ± 0.71 (n=2) |\n| resnet14_cifar | 89.25 ± 0.35 (n=2) |' in text
     assert f'{sum(p.numel() for p in trained_net().parameters()) / 1e6:.2f}' in text
-    assert 'commit `0123abc`' in text
+    assert '- **Code:** `0123abc`\n' in text
     assert 'arXiv:1811.06878' in text
 
 
@@ -199,6 +200,35 @@ def test_command_line_from_training_checkpoint_to_folded_net(tmp_path, capsys):
     assert 'fold' in errors[0]
     assert 'size mismatch for fc.weight' in errors[1]
     assert not (tmp_path / 'no').exists()
+
+
+def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsys):
+    train = ['train', '--model', 'adaresnet14_cifar', '--data', 'digits', '--epochs', '1', '--batch-size', '256']
+    options = ['--model-kwargs', 'sharing=kind', '--mean', '0.3', '--std', '0.4', '--seeds', '3', '5']
+    assert cli.main([*train, *options, '--output', str(tmp_path), '--experiment', 'run']) == 0
+    run, saved = tmp_path / 'run/seed5', tmp_path / 'saved'
+    assert cli.main(['save', str(run), '--output', str(saved)]) == 0
+
+    config = json.loads((saved / 'config.json').read_text())
+    cfg, measured = config['pretrained_cfg'], Results.from_dict(config['results'])
+    assert (config['architecture'], config['model_args']) == ('adaresnet14_cifar', {'sharing': 'kind'})
+    assert (cfg['input_size'], cfg['mean'], cfg['std'], cfg['crop_pct']) == ([1, 8, 8], [0.3], [0.4], 1.0)
+    assert cfg['label_names'] == [*'0123456789']
+    result = json.loads((run / 'result.json').read_text())
+    assert (measured.seed, measured.seeds, measured.epochs) == (5, [3, 5], 1)
+    assert measured.top1[1] == round(result['last']['top1'], 2)
+    capsys.readouterr()
+    for source in (run, saved, f'local-dir:{saved}'):
+        assert cli.main(['eval', str(source), '--data', 'digits']) == 0
+        assert json.loads(capsys.readouterr().out)['top1'] == pytest.approx(result['last']['top1'])
+
+    # The card's command trains it again.
+    command = shlex.split(measured.recipe)[1:]
+    assert cli.main([*command, '--output', str(tmp_path), '--experiment', 'again']) == 0
+    assert json.loads((tmp_path / 'again/result.json').read_text())['last'] == result['last']
+
+    assert cli.main(['save', str(run / 'model_best.safetensors'), '--output', str(tmp_path / 'best')]) == 0
+    assert 'results' not in json.loads((tmp_path / 'best/config.json').read_text())  # measured was the last epoch
 
 
 def test_fold_reports_what_stays_weighted(tmp_path, capsys):

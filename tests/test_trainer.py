@@ -243,8 +243,13 @@ def test_a_checkpoint_by_its_tag_has_the_accuracy_of_its_card(capsys):
     card = json.loads((checkpoint_root() / 'awm_resnet14_cifar.digits' / 'config.json').read_text())
     measured = json.loads(capsys.readouterr().out)['top1']
     assert measured == pytest.approx(card['results']['top1'][0], abs=0.05)
-    for target in ('awm_resnet14_cifar.none', 'nowhere/last.safetensors'):
+    for target, why in (
+        ('awm_resnet14_cifar.none', "has no checkpoint 'none'; it has cifar10, digits"),
+        ('awm_resnet110_cifar', 'has no published weights'),
+        ('nowhere/last.safetensors', 'no file or folder nowhere/last.safetensors'),
+    ):
         assert main(['eval', target, '--data', 'digits']) == 1
+        assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('model', 'units'), [('resnet14_cifar', 0), ('adaresnet14_cifar', 6)])

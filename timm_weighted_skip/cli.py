@@ -165,14 +165,10 @@ def add_report(verbs) -> None:
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """The arguments of the verbs that read a trained net and write a checkpoint directory."""
-    from timm.utils import ParseKwargs
-
-    parser.add_argument('model', help="timm's name of the net, also as local-dir:FOLDER or hf_hub:OWNER/NAME")
-    parser.add_argument('--checkpoint', type=Path, help="weights to load, such as train.py's model_best.pth.tar")
+    _add_net_arguments(parser)
     parser.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of the net, such as num_classes=10'
+        '--results', type=Path, help="JSON file with what was measured, for the model card (save: the run's)"
     )
-    parser.add_argument('--results', type=Path, help='JSON file with what was measured, for the model card')
     parser.add_argument(
         '--output',
         type=Path,
@@ -181,8 +177,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_net(args: argparse.Namespace, model, model_args: dict) -> None:
-    """Write what a verb of `add_source` made."""
+def write_net(args: argparse.Namespace, model, model_args: dict, results=None) -> None:
+    """Write what a verb of `add_source` made; `results` are for the model card, unless --results gives others."""
     from timm_weighted_skip.hub.config import Results, read_json
     from timm_weighted_skip.hub.save import save_checkpoint, save_weights
 
@@ -191,7 +187,8 @@ def write_net(args: argparse.Namespace, model, model_args: dict) -> None:
             raise ValueError(f'--results goes into a model card; with it, give a folder, not {args.output}')
         print(f'wrote {save_weights(model, args.output)}')
         return
-    results = Results.from_dict(read_json(args.results), str(args.results)) if args.results else None
+    if args.results:
+        results = Results.from_dict(read_json(args.results), str(args.results))
     print(f'wrote {save_checkpoint(model, args.output, results, model_args)}')
 
 
@@ -201,9 +198,10 @@ def add_save(verbs) -> None:
     add_source(parser)
 
     def run(args: argparse.Namespace) -> None:
-        from timm_weighted_skip.hub.source import load_net
+        from timm_weighted_skip.hub.source import load_source, results_of_run
 
-        write_net(args, *load_net(args.model, args.checkpoint, args.model_kwargs))
+        results = None if args.checkpoint else results_of_run(args.model)
+        write_net(args, *load_source(args.model, args.checkpoint, args.model_kwargs), results)
 
     parser.set_defaults(run=run)
 
@@ -216,9 +214,9 @@ def add_convert(verbs) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip import convert
-        from timm_weighted_skip.hub.source import load_net
+        from timm_weighted_skip.hub.source import load_source
 
-        model, model_args = load_net(args.model, args.checkpoint, args.model_kwargs)
+        model, model_args = load_source(args.model, args.checkpoint, args.model_kwargs)
         make = getattr(convert, f'to_{args.to}')
         write_net(args, make(model), convert.plain_args(model_args))
 
@@ -232,9 +230,9 @@ def add_fold(verbs) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip import convert
-        from timm_weighted_skip.hub.source import load_net
+        from timm_weighted_skip.hub.source import load_source
 
-        model, model_args = load_net(args.model, args.checkpoint, args.model_kwargs)
+        model, model_args = load_source(args.model, args.checkpoint, args.model_kwargs)
         folded, kept = convert.fold(model)
         if kept:
             print(f'still weighted, having w <= 0 on an identity shortcut: {", ".join(kept)}')
@@ -320,7 +318,7 @@ def add_train(verbs) -> None:
 def add_eval(verbs) -> None:
     """`eval`: the accuracy of trained weights."""
     parser = verbs.add_parser('eval', help='loss and accuracies of trained weights')
-    parser.add_argument('target', help="a run's folder, a .safetensors file of it, or a timm model name with weights")
+    _add_net_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument('--batch-size', type=int, default=256, metavar='N', help='(%(default)s)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
@@ -329,12 +327,15 @@ def add_eval(verbs) -> None:
         import json
 
         from timm_weighted_skip.data import load_image_set
-        from timm_weighted_skip.train.runs import evaluate_saved
+        from timm_weighted_skip.nets import load_net
+        from timm_weighted_skip.train.runs import evaluate_on
 
         if args.data is None:
             raise ValueError('--data is missing: the images to evaluate on, such as cifar10 with --data-dir, or digits')
+        net = load_net(args.model, args.checkpoint, need_weights=True, **args.model_kwargs)
         data = load_image_set(args.data, False, args.data_dir, args.download)
-        print(json.dumps(evaluate_saved(args.target, data, args.batch_size, args.device, args.amp)))
+        measured = evaluate_on(net, data, args.batch_size, args.device, args.amp)
+        print(json.dumps({'model': args.model, **measured}))
 
     parser.set_defaults(run=run)
 

@@ -14,12 +14,12 @@ from timm_weighted_skip.analysis.data import LabelledImages, load_images
 from timm_weighted_skip.analysis.discriminate import discriminate
 from timm_weighted_skip.analysis.extremes import extreme_images
 from timm_weighted_skip.analysis.inspection import gate_table, rounds_table, skip_rounds, unit_table
-from timm_weighted_skip.analysis.nets import load_net
 from timm_weighted_skip.analysis.report import html_report
 from timm_weighted_skip.analysis.tables import Result, require
 from timm_weighted_skip.analysis.units import gates, mapping_units
 from timm_weighted_skip.analysis.variance import group_variance
 from timm_weighted_skip.files import write_file
+from timm_weighted_skip.nets import load_net
 
 __all__ = [
     'curve_result',
@@ -143,6 +143,6 @@ def _model_facts(net: nn.Module) -> dict[str, Any]:
         'of them in gates': f'{sum(p.numel() for gate in gates(net).values() for p in gate.parameters()):,}',
         'mapping units': f'{len(units)} ({sum(unit.kind == "projection" for unit in units)} with a projection)',
         'classes': str(net.num_classes),
-        'input size': ' x '.join('any' if size is None else str(size) for size in cfg.get('input_size', ())),
+        'input size': ' x '.join(map(str, cfg.get('input_size', ()))),
         'license': cfg.get('license'),
     }

@@ -107,25 +107,17 @@ def load_images(
     num_classes = getattr(model, 'num_classes', len(classes))
     if len(classes) != num_classes:
         raise ValueError(f'{name!r} has {len(classes)} classes and the net {num_classes}; give the set it was made for')
-    return LabelledImages(source, list(classes), *_transform(model, source[0][0], data_args))
+    return LabelledImages(source, list(classes), *_transform(model, data_args))
 
 
-def _transform(
-    model: nn.Module, first: Image.Image, data_args: dict[str, Any]
-) -> tuple[Callable[[Image.Image], torch.Tensor], str]:
-    """timm's evaluation transform for `model`, and PIL's mode of its images.
-
-    A model whose config names no height and width takes images as they are, of the size of `first`.
-    """
+def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[Image.Image], torch.Tensor], str]:
+    """timm's evaluation transform for `model`, and PIL's mode of its images."""
     cfg: Any = getattr(model, 'pretrained_cfg', {})
     channels = model.get_submodule(cfg['first_conv']).in_channels
     if channels not in (1, 3):
         raise ValueError(f'the net takes images of {channels} channels; 1 and 3 can be read')
     given = {name: value for name, value in data_args.items() if value is not None}
-    if 'input_size' not in given:
-        as_they_are = cfg['input_size'][1] is None
-        height, width = (first.height, first.width) if as_they_are else cfg['input_size'][1:]
-        given.update(input_size=(channels, height, width), **({'crop_pct': 1.0} if as_they_are else {}))
+    given.setdefault('input_size', (channels, *cfg['input_size'][1:]))
     for name in ('mean', 'std'):
         value = given.get(name) or cfg[name]
         if len(value) != channels:

@@ -19,6 +19,13 @@ FILES = ('README.md', 'config.json', 'model.safetensors', SAMPLE)
 
 MAX_JSON_BYTES = 10_000_000
 
+DATASETS = {  # of `weighted-skip train`: name, id on the Hub
+    'cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
+    'cifar100': ('CIFAR-100', 'uoft-cs/cifar100'),
+    'mnist': ('MNIST', 'ylecun/mnist'),
+    'digits': ("scikit-learn's digits", 'sklearn-digits'),
+}
+
 
 @dataclass(frozen=True)
 class Results:
@@ -33,7 +40,7 @@ class Results:
         seeds: One per training run.
         top1: Accuracy after the last epoch in %, one per seed.
         seed: The run whose weights these are.
-        commit: Version of the code that trained it.
+        commit: Version of the code that trained it, a commit or a release.
         license: Of the weights.
         description: What a reader should know of these weights, in a sentence or two.
         comparison: Other nets' accuracies under the same recipe, name to one per seed.
@@ -82,6 +89,29 @@ class Results:
             return cls(**values)
         except (TypeError, AttributeError) as error:
             raise ValueError(f'{source}: a field of the results has the wrong type: {error}') from None
+
+    @classmethod
+    def of_run(cls, run: dict[str, Any], all_seeds: Optional[dict[str, Any]] = None) -> 'Results':
+        """Results of a run of `weighted-skip train`.
+
+        Args:
+            run: Its `result.json`.
+            all_seeds: `result.json` of a training of several seeds that this run was one of.
+        """
+        dataset, identifier = DATASETS.get(run['data'], (run['data'], run['data']))
+        seed, top1 = run['recipe']['seed'], run['last']['top1']
+        seeds, accuracies = (all_seeds['seeds'], all_seeds['last']['top1']) if all_seeds else ([seed], [top1])
+        return cls(
+            dataset=dataset,
+            dataset_id=identifier,
+            split='test',
+            recipe=run['command'],
+            epochs=run['epochs'],
+            seeds=seeds,
+            top1=[round(value, 2) for value in accuracies],
+            seed=seed,
+            commit=run['commit'] or f'timm-weighted-skip {run["versions"]["timm_weighted_skip"]}',
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,6 +163,7 @@ def model_config(
         config['model_args'] = model_args
     if results:
         config['results'] = results.to_dict()
+        cfg['license'] = results.license
     return config
 
 

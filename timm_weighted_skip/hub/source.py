@@ -1,49 +1,52 @@
-"""The net that a command starts from: a name or a directory, perhaps with the checkpoint of a training."""
+"""What a checkpoint directory is made of: a net that a user names, the arguments it was made with, and its results."""
 
-import pickle
 from pathlib import Path
 from typing import Any, Optional
 
-import timm
-from safetensors import SafetensorError
-from timm.models import load_model_config_from_hf, load_state_dict, parse_model_name
+from timm.models import load_model_config_from_hf, parse_model_name
 from torch import nn
 
-from timm_weighted_skip.hub.config import one_line, read_json
-from timm_weighted_skip.models.names import check_model_name
+from timm_weighted_skip.hub.config import Results, read_json
+from timm_weighted_skip.nets import LAST, find_net, load_net
 
-__all__ = ['load_net']
+__all__ = ['load_source', 'results_of_run']
 
 
-def load_net(
-    name: str, checkpoint: Optional[Path] = None, model_kwargs: Optional[dict[str, Any]] = None
+def load_source(
+    source: str, checkpoint: Optional[Path] = None, model_kwargs: Optional[dict[str, Any]] = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A trained net in eval mode, and the arguments it was made with beside number of classes and input channels.
 
     Args:
-        name: Whatever `timm.create_model` takes: 'awm_resnet50.a1_in1k', 'local-dir:...', 'hf_hub:...'.
-        checkpoint: Weights instead of the name's own, such as timm's `model_best.pth.tar`; of one that also has an
-            exponential moving average, the average. Pickles are read with `weights_only=True`.
+        source: See `timm_weighted_skip.nets.load_net`.
+        checkpoint: Weights instead of the source's own.
         model_kwargs: timm's arguments of the net.
 
     Raises:
-        ValueError: There is no such net, it has no weights, or `checkpoint` isn't a checkpoint of it.
+        ValueError, OSError: There is no such net, it has no weights, or `checkpoint` isn't a checkpoint of it.
     """
-    check_model_name(name)
-    model_kwargs = dict(model_kwargs or {})
-    source, model_id = parse_model_name(name)
-    if source == 'local-dir':
+    model_kwargs = model_kwargs or {}
+    model = load_net(source, checkpoint, need_weights=True, **model_kwargs)
+    found = find_net(source)
+    where, model_id = parse_model_name(found.name)
+    if where == 'local-dir':
         stored = read_json(Path(model_id) / 'config.json').get('model_args', {})
     else:
-        stored = load_model_config_from_hf(model_id)[2] if source else {}
-    try:
-        model = timm.create_model(name, pretrained=checkpoint is None, **model_kwargs)
-        if checkpoint is not None:
-            if not checkpoint.is_file():
-                raise FileNotFoundError(f'{checkpoint} is not a file')
-            model.load_state_dict(load_state_dict(str(checkpoint), weights_only=True))
-    except (RuntimeError, TypeError, EOFError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
-        what = f'{checkpoint} is not a checkpoint of {name}' if checkpoint else f'{name} could not be loaded'
-        raise ValueError(f'{what}: {one_line(error)}') from None
-    args = {**stored, **model_kwargs}
-    return model.eval(), {k: v for k, v in args.items() if k not in ('num_classes', 'in_chans')}
+        stored = load_model_config_from_hf(model_id)[2] if where else {}
+    args = {**stored, **found.arguments, **model_kwargs}
+    return model, {k: v for k, v in args.items() if k not in ('num_classes', 'in_chans', 'pretrained_cfg_overlay')}
+
+
+def results_of_run(source: str) -> Optional[Results]:
+    """What `weighted-skip train` has measured of the net of `source` and its other seeds.
+
+    None if `source` isn't a run's folder or its `last.safetensors`, or the run isn't finished.
+    """
+    path = Path(source)
+    folder = path.parent if path.name == LAST else path
+    if not (folder / LAST).is_file() or not (folder / 'result.json').is_file():
+        return None
+    own, siblings = read_json(folder / 'result.json'), folder.parent / 'result.json'
+    # A run of several seeds has a folder for each, and beside them the results of all.
+    all_seeds = read_json(siblings) if siblings.is_file() else {}
+    return Results.of_run(own, all_seeds if 'seeds' in all_seeds else None)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from timm_weighted_skip.files import replacing, write_file
 
-__all__ = ['link', 'read_checkpoint', 'read_metadata', 'read_weights', 'save_checkpoint']
+__all__ = ['link', 'read_checkpoint', 'read_weights', 'save_checkpoint']
 
 WEIGHTS, STATE = '.safetensors', '.pth.tar'
 
@@ -52,7 +52,7 @@ def save_checkpoint(
         folder: The run's.
         weights: '' -> the net's state dict; further ones by name, such as 'ema'.
         state: Tensors, numbers, strings, and lists and dicts of them.
-        metadata: What the weights are of, see `read_metadata`.
+        metadata: What the weights say of themselves.
 
     Returns:
         Path of the net's weights.
@@ -83,15 +83,6 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f'{path} is not a whole safetensors file ({error})') from None
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of its weights; raises as `read_weights`."""
-    try:
-        with safe_open(path, 'pt') as file:
-            return file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f'{path} is not a whole safetensors file ({error})') from None
 

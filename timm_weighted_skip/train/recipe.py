@@ -19,7 +19,15 @@ from timm.utils import ParseKwargs
 
 from timm_weighted_skip.layers import check_choice, check_count
 
-__all__ = ['Recipe', 'add_recipe_arguments', 'list_recipes', 'load_recipe', 'read_yaml', 'recipe_path']
+__all__ = [
+    'Recipe',
+    'add_recipe_arguments',
+    'list_recipes',
+    'load_recipe',
+    'read_yaml',
+    'recipe_arguments',
+    'recipe_path',
+]
 
 
 def _option(default: Any, text: str, kind: Callable = str, metavar: str = 'X', **arguments: Any) -> Any:
@@ -138,6 +146,20 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         if arguments.get('action') == 'store_true':
             arguments.pop('metavar', None)
         group.add_argument(f'--{option.name.replace("_", "-")}', default=argparse.SUPPRESS, **arguments)
+
+
+def recipe_arguments(options: dict[str, Any]) -> list[str]:
+    """The arguments of `weighted-skip train` that give fields of a recipe these values."""
+    arguments = []
+    for name, value in options.items():
+        option = name.replace('_', '-')
+        if isinstance(value, bool):
+            arguments.append(f'--{option}' if value else f'--no-{option}')
+        elif isinstance(value, dict):
+            arguments += [f'--{option}', *(f'{key}={each}' for key, each in value.items())]
+        else:
+            arguments += [f'--{option}', *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return arguments
 
 
 def list_recipes() -> list[str]:

@@ -7,6 +7,7 @@ test accuracy (which a paper should not report); their metadata names the net. W
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import time
@@ -27,18 +28,13 @@ from tqdm import tqdm
 import timm_weighted_skip
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.files import write_file
+from timm_weighted_skip.nets import LAST, Trained
 from timm_weighted_skip.train.batches import Batches
-from timm_weighted_skip.train.checkpoint import (
-    link,
-    read_checkpoint,
-    read_metadata,
-    read_weights,
-    save_checkpoint,
-)
-from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml
+from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint
+from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, normalisation
 
-__all__ = ['Run', 'describe', 'evaluate_saved', 'read_run', 'run', 'run_seeds', 'summary', 'task_of']
+__all__ = ['Run', 'describe', 'evaluate_on', 'read_run', 'run', 'run_seeds', 'summary', 'task_of']
 
 ARGS, LOG, RESULT = 'args.yaml', 'log.jsonl', 'result.json'
 Analysis = Callable[[nn.Module, Iterable[torch.Tensor]], Any]
@@ -228,17 +224,12 @@ def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar:
 
 
 def _metadata(task: Run, trainer: Trainer) -> dict[str, str]:
-    """What the weights are of, as safetensors wants it: strings."""
-    values = {
-        'model': task.model,
-        'model_kwargs': task.recipe.model_kwargs,
-        'classes': trainer.test_batches.classes,
-        'mean': trainer.mean,
-        'std': trainer.std,
-        'epochs': trainer.position.epoch,
-        'timm_weighted_skip': timm_weighted_skip.__version__,
-    }
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    """What the weights are of."""
+    batches, version = trainer.test_batches, timm_weighted_skip.__version__
+    size = [len(trainer.mean), batches.height, batches.width]
+    kwargs, classes = task.recipe.model_kwargs, list(batches.classes)
+    trained = Trained(task.model, kwargs, classes, size, list(trainer.mean), list(trainer.std))
+    return {**trained.metadata(), 'epochs': str(trainer.position.epoch), 'timm_weighted_skip': version}
 
 
 def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
@@ -249,7 +240,7 @@ def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> No
     state = {**trainer.state_dict(), 'book': kept, 'model': task.model, 'recipe': asdict(task.recipe)}
     path = save_checkpoint(folder, weights, state, _metadata(task, trainer))
     path = path.with_name(f'{path.stem}.ema.safetensors') if trainer.ema else path
-    link(path, 'last.safetensors')
+    link(path, LAST)
     if 'best' in book and book['best']['epoch'] == trainer.position.epoch - 1 and not trainer.position.batch:
         link(path, 'model_best.safetensors')
 
@@ -282,12 +273,23 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     return book
 
 
+def _command(task: Run) -> str:
+    """What trains the net of a run again, with the data wherever they are."""
+    known = task.recipe_name in list_recipes()
+    recipe, base = asdict(task.recipe), asdict(load_recipe(task.recipe_name if known else None))
+    changed = {name: value for name, value in recipe.items() if value != base[name] and name != 'seed'}
+    source = ['--model', task.model, '--data', task.data, *(['--pretrained'] if task.pretrained else [])]
+    source += ['--recipe', str(task.recipe_name)] if known else []
+    return shlex.join(['weighted-skip', 'train', *source, *recipe_arguments({**changed, 'seed': recipe['seed']})])
+
+
 def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], analysis: Optional[Analysis]) -> dict:
     speeds = [line['images_per_second'] for line in book['log'] if line['images_per_second']]
     result = {
         'model': task.model,
         'data': task.data,
         'recipe_name': task.recipe_name,
+        'command': _command(task),
         'last': book['last'],
         'best': book['best'],
         'mapping_units': None,
@@ -332,49 +334,24 @@ def _commit() -> Optional[str]:
     return described.stdout.strip() if tracked.returncode == described.returncode == 0 else None
 
 
-def evaluate_saved(
-    target: str, data: ImageSet, batch_size: int = 256, device: str = 'cpu', amp: bool = False
+def evaluate_on(
+    net: nn.Module, data: ImageSet, batch_size: int = 256, device: str = 'cpu', amp: bool = False
 ) -> dict[str, Any]:
-    """Loss and accuracies of trained weights on a set of images.
+    """Number of images, loss and accuracies of a trained net on a set of images, as they are.
 
     Args:
-        target: A run's folder, a safetensors file that this trainer wrote, or the name of a timm model with weights.
+        net: Its `pretrained_cfg` tells the normalisation.
         data: The images.
         batch_size: Images per batch.
         device: Where to run.
         amp: bfloat16 autocast.
 
     Raises:
-        ValueError: The weights are of another number of classes or channels, or say not what they are of.
+        ValueError: The net is of another number of classes or channels.
     """
     check_device(device)
-    path = Path(target)
-    if path.is_dir():
-        path = path / 'last.safetensors'
-    if path.is_file():
-        metadata = read_metadata(path)
-        if 'model' not in metadata:
-            raise ValueError(f'{path} does not say which model it is of; give a file that weighted-skip train wrote')
-        model, classes = metadata['model'], json.loads(metadata['classes'])
-        if len(classes) != len(data.classes):
-            raise ValueError(f'{path} knows {len(classes)} classes, the data has {len(data.classes)}')
-        net = make_net(model, data, **json.loads(metadata['model_kwargs']))
-        try:
-            net.load_state_dict(read_weights(path))
-        except RuntimeError as error:
-            raise ValueError(f'{path} does not fit {model}: {str(error).splitlines()[0]}') from None
-        mean, std = json.loads(metadata['mean']), json.loads(metadata['std'])
-    elif path.suffix == '.safetensors' or len(path.parts) > 1:  # a model's tag looks like a suffix, too
-        raise OSError(f'{path} is not there')
-    else:
-        try:
-            net = timm.create_model(target, pretrained=True)
-        except RuntimeError as error:
-            raise ValueError(f'model {target!r}: {error}') from None
-        model = target
-        if net.num_classes != len(data.classes):
-            raise ValueError(f'{target} knows {net.num_classes} classes, the data has {len(data.classes)}')
-        mean, std = normalisation(Recipe(), net, data)
-    batches = Batches(data, batch_size, tuple(mean), tuple(std), device, channels_last=True)
-    net = net.to(device).to(memory_format=torch.channels_last)
-    return {'model': model, 'images': len(data.labels), **evaluate(net, batches, amp)}
+    if net.num_classes != len(data.classes):
+        raise ValueError(f'the net knows {net.num_classes} classes, the data has {len(data.classes)}')
+    batches = Batches(data, batch_size, *normalisation(Recipe(), net, data), device, channels_last=True)
+    net = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return {'images': len(data.labels), **evaluate(net, batches, amp)}

@@ -1,0 +1,154 @@
+"""The net that a user names, with its weights: a registered model, a folder, a Hub repository or a training run."""
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Optional, Union
+
+import timm
+from safetensors import SafetensorError, safe_open
+from timm.models import get_pretrained_cfg_value, load_state_dict
+from torch import nn
+
+from timm_weighted_skip.models.names import check_model_name
+
+__all__ = ['LAST', 'Source', 'Trained', 'find_net', 'load_net']
+
+LAST = 'last.safetensors'
+"""In the folder of a training run: the weights after its last epoch."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What weights that `weighted-skip train` wrote say of their net, in the metadata of their file.
+
+    Attributes:
+        model: timm's name of the net.
+        model_kwargs: Its arguments, beside number of classes and input channels.
+        classes: Names of the classes.
+        input_size: (C, H, W) of the images, which are trained on as they are.
+        mean, std: Per channel, of pixels in [0, 1].
+    """
+
+    model: str
+    model_kwargs: dict[str, Any]
+    classes: list[str]
+    input_size: list[int]
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def read(cls, file: Path) -> 'Trained':
+        """What the weights in `file` say.
+
+        Raises:
+            ValueError: They are not of `weighted-skip train`, or not whole.
+        """
+        try:
+            with safe_open(file, 'pt') as opened:
+                about = opened.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f'{file} is not a whole safetensors file ({error})') from None
+        names = {field.name for field in fields(cls)}
+        if not names <= about.keys():
+            raise ValueError(f'{file} does not say which model it is of; give the model, and this file as --checkpoint')
+        return cls(about['model'], **{name: json.loads(about[name]) for name in names - {'model'}})
+
+    def metadata(self) -> dict[str, str]:
+        """The strings that `read` makes sense of."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value if name == 'model' else json.dumps(value) for name, value in values.items()}
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `timm.create_model`."""
+        config = {
+            'input_size': tuple(self.input_size),
+            'crop_pct': 1.0,
+            'mean': tuple(self.mean),
+            'std': tuple(self.std),
+            'label_names': self.classes,
+        }
+        shape = {'num_classes': len(self.classes), 'in_chans': self.input_size[0]}
+        return {**self.model_kwargs, **shape, 'pretrained_cfg_overlay': config}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a net comes from.
+
+    Attributes:
+        name: What `timm.create_model` takes.
+        arguments: Of `timm.create_model`, beside the name.
+        weights: File of the weights; None for those that timm has of `name`.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    weights: Optional[Path]
+
+
+def find_net(source: str) -> Source:
+    """What is meant by `source`, see `load_net`.
+
+    Raises:
+        ValueError: There is no such model, or the weights say not what they are of.
+        OSError: There is no such file or folder.
+    """
+    path = Path(source)
+    if path.is_dir() and (path / 'config.json').is_file():
+        return Source(f'local-dir:{source}', {}, None)
+    if path.is_dir():
+        path = path / LAST
+        if not path.is_file():
+            raise FileNotFoundError(f'{source} has neither config.json nor {LAST}; give one that has')
+    if path.is_file():
+        trained = Trained.read(path)
+        return Source(trained.model, trained.arguments(), path)
+    if ':' not in source and len(path.parts) > 1:
+        raise FileNotFoundError(f'there is no file or folder {source}')
+    check_model_name(source)
+    return Source(source, {}, None)
+
+
+def load_net(
+    source: str, checkpoint: Optional[Union[str, Path]] = None, need_weights: bool = False, **model_kwargs: Any
+) -> nn.Module:
+    """The net of `source`, with its weights, in eval mode.
+
+    Args:
+        source: A folder with `config.json` and `model.safetensors`; the folder of a training run, or one of its files
+            of weights; or what timm's `create_model` takes: a registered name, `local-dir:FOLDER` or
+            `hf-hub:REPOSITORY`. A registered name loads its published weights where it has some; else it keeps its
+            initial ones, and a line on stderr says so.
+        checkpoint: File of weights to load in place of the source's, such as timm's `model_best.pth.tar`; of one that
+            also has an exponential moving average, the average. Pickles are read with `weights_only=True`.
+        need_weights: Refuse a net that would keep its initial weights.
+        model_kwargs: Arguments of the model, such as `num_classes=100`.
+
+    Raises:
+        ValueError: There is no such model, or the weights are another net's or not readable.
+        OSError: There is no such file or folder.
+    """
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f'no file {str(checkpoint)!r} to load weights from')
+    found = find_net(source)
+    weights = checkpoint or found.weights
+    published = weights is None and (':' in found.name or bool(get_pretrained_cfg_value(found.name, 'has_weights')))
+    if weights is None and not published:
+        if need_weights:
+            raise ValueError(f'{source} has no published weights; give --checkpoint FILE or the folder of a run')
+        print(f'{source}: no published weights and no --checkpoint given; these are initial weights', file=sys.stderr)
+    try:
+        net = timm.create_model(found.name, pretrained=published, **{**found.arguments, **model_kwargs})
+        if weights is not None:
+            net.load_state_dict(load_state_dict(str(weights), weights_only=True))
+    except (RuntimeError, TypeError, LookupError, EOFError, UnpicklingError, SafetensorError) as error:
+        # torch lists every parameter that does not fit, after a line that names the class.
+        reason = ' '.join(line.strip() for line in str(error).splitlines()[:2])
+        raise ValueError(
+            f'the weights of {checkpoint or source} do not fit {found.name}: {reason}; '
+            'give the arguments that it was trained with, such as --model-kwargs num_classes=100'
+        ) from error
+    return net.eval()
