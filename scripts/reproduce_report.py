@@ -25,7 +25,7 @@ from timm_weighted_skip.analysis.tables import Result, Table, require
 from timm_weighted_skip.analysis.variance import group_variance
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.hub import Results, save_checkpoint, update_results
-from timm_weighted_skip.hub.source import load_source
+from timm_weighted_skip.hub.source import load_net_and_args
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -269,8 +269,10 @@ def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]])
     others = [o for o in runs if o.baseline == run.name or o.name == run.baseline]
     comparison = {other.model: last_top1(read_results(manifest, other)) for other in others}
     command = f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}'
+    of_all = {'seeds': list(results), 'last': {'top1': last_top1(results)}}
     return replace(
-        Results.of_run({**first, 'command': command}, {'seeds': list(results), 'last': {'top1': last_top1(results)}}),
+        Results.of_run({**first, 'command': command}, run.name, of_all),
+        license='apache-2.0',
         description=run.about and f'{run.about[0].upper()}{run.about[1:]}.',
         comparison={name: [round(value, 2) for value in top1] for name, top1 in comparison.items() if top1},
     )
@@ -289,6 +291,6 @@ def write_checkpoints(manifest: Manifest, runs: Path, root: Path = ROOT / 'hub_c
             if folder.exists():
                 update_results(folder, results_of(manifest, run, results))
                 continue
-            model, model_args = load_source(str(runs / Job(run, run.seeds[0]).name))
+            model, model_args = load_net_and_args(str(runs / Job(run, run.seeds[0]).name))
             save_checkpoint(model, folder, results_of(manifest, run, results), model_args)
             print(f'wrote {folder}')

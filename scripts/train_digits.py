@@ -53,6 +53,7 @@ def main() -> None:
         top1=top1['AWM'],
         seed=SEEDS[0],
         commit=commit,
+        license='apache-2.0',
         description=(
             'A small net for 8 x 8 images of handwritten digits, to try the package with: it loads without a network. '
             'It was trained in a minute on 1,437 images and is of no other use.'

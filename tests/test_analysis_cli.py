@@ -167,7 +167,7 @@ def half_an_npz(path):
         (lambda f, t: ['inspect', f + '/model.safetensors'], 'does not say which model it is of'),
         (lambda f, t: ['inspect', f, f, '--data', 'digits'], '2 nets with --data'),
         (lambda f, t: ['inspect', f, '--per-class'], '--per-class needs images'),
-        (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', f + '/config.json'], 'do not fit awm'),
+        (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', f + '/config.json'], 'is not a checkpoint'),
         (lambda f, t: ['inspect', 'adaresnet18_released', *npz(t, np.zeros((9, 8, 8), np.uint8))], 'do not depend on'),
         (lambda f, t: ['variance', '--group', 'a', f, f], 'an AWM net'),
         (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),

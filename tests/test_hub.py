@@ -5,8 +5,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import timm
 import torch
 from checkpoints import NAME, make_checkpoint, results, trained_net
@@ -18,6 +19,7 @@ from timm_weighted_skip.convert import to_awm
 from timm_weighted_skip.hub import Results, save_checkpoint, validate_checkpoint
 from timm_weighted_skip.hub.card import model_card
 from timm_weighted_skip.models.pretrained import HUB_OWNER
+from timm_weighted_skip.nets import Trained, load_net
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 STAGED = sorted(file.parent for file in (Path(__file__).parents[1] / 'hub_cards').glob('*/config.json'))
@@ -202,14 +204,32 @@ def test_command_line_from_training_checkpoint_to_folded_net(tmp_path, capsys):
     assert not (tmp_path / 'no').exists()
 
 
-def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsys):
-    train = ['train', '--model', 'adaresnet14_cifar', '--data', 'digits', '--epochs', '1', '--batch-size', '256']
-    options = ['--model-kwargs', 'sharing=kind', '--mean', '0.3', '--std', '0.4', '--seeds', '3', '5']
-    assert cli.main([*train, *options, '--output', str(tmp_path), '--experiment', 'run']) == 0
-    run, saved = tmp_path / 'run/seed5', tmp_path / 'saved'
-    assert cli.main(['save', str(run), '--output', str(saved)]) == 0
+def images(path, shape=(40, 8, 8), classes='abcde'):
+    """An image set of `classes` in `path`, as arguments of the command line."""
+    for part in ('train', 'test'):
+        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        np.savez(
+            path / f'own_{part}.npz', images=pixels, labels=np.arange(len(pixels)) % len(classes), classes=[*classes]
+        )
+    return ['--data', 'own', '--data-dir', str(path)]
 
-    config = json.loads((saved / 'config.json').read_text())
+
+def train(path, *arguments, model='adaresnet14_cifar', data=('--data', 'digits')):
+    run = ['--output', str(path), '--experiment', 'run', '--epochs', '1', '--batch-size', '32']
+    assert cli.main(['train', '--model', model, *data, *run, *arguments]) == 0
+    return path / 'run'
+
+
+def saved_config(source, folder, *arguments):
+    assert cli.main(['save', str(source), '--output', str(folder), *arguments]) == 0
+    return json.loads((folder / 'config.json').read_text())
+
+
+def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsys, monkeypatch):
+    options = ['--model-kwargs', 'sharing=kind', '--mean', '0.3', '--std', '0.4', '--seeds', '3', '5']
+    run, saved = train(tmp_path, *options) / 'seed5', tmp_path / 'saved'
+    config = saved_config(run, saved)
+
     cfg, measured = config['pretrained_cfg'], Results.from_dict(config['results'])
     assert (config['architecture'], config['model_args']) == ('adaresnet14_cifar', {'sharing': 'kind'})
     assert (cfg['input_size'], cfg['mean'], cfg['std'], cfg['crop_pct']) == ([1, 8, 8], [0.3], [0.4], 1.0)
@@ -218,8 +238,9 @@ def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsy
     assert (measured.seed, measured.seeds, measured.epochs) == (5, [3, 5], 1)
     assert measured.top1[1] == round(result['last']['top1'], 2)
     capsys.readouterr()
-    for source in (run, saved, f'local-dir:{saved}'):
-        assert cli.main(['eval', str(source), '--data', 'digits']) == 0
+    named = ['adaresnet14_cifar', '--checkpoint', str(run / 'last.safetensors')]
+    for source in ([run], [saved], [f'local-dir:{saved}'], named):
+        assert cli.main(['eval', *map(str, source), '--data', 'digits']) == 0
         assert json.loads(capsys.readouterr().out)['top1'] == pytest.approx(result['last']['top1'])
 
     # The card's command trains it again.
@@ -227,8 +248,77 @@ def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsy
     assert cli.main([*command, '--output', str(tmp_path), '--experiment', 'again']) == 0
     assert json.loads((tmp_path / 'again/result.json').read_text())['last'] == result['last']
 
-    assert cli.main(['save', str(run / 'model_best.safetensors'), '--output', str(tmp_path / 'best')]) == 0
-    assert 'results' not in json.loads((tmp_path / 'best/config.json').read_text())  # measured was the last epoch
+    monkeypatch.chdir(run)
+    assert saved_config('.', tmp_path / 'here')['results'] == config['results']
+    assert saved_config(saved, tmp_path / 'copy') == config
+    # What was measured is not of the best epoch's weights, nor of a net with other arguments.
+    assert 'results' not in saved_config(run / 'model_best.safetensors', tmp_path / 'best')
+    assert 'results' not in saved_config(run, tmp_path / 'other', '--model-kwargs', 'skip_init=1.0')
+    run.with_name('seed5').rename(run.with_name('mine'))
+    assert saved_config(run.with_name('mine'), tmp_path / 'alone')['results']['seeds'] == [5]
+
+
+def test_a_saved_run_says_nothing_of_other_weights_of_its_model(tmp_path):
+    data = images(tmp_path, (40, 64, 64, 3))
+    run = train(tmp_path, model='awm_resnet18.fb_swsl_ig1b_ft_in1k', data=data)
+    config = saved_config(run, tmp_path / 'saved')
+    cfg = config['pretrained_cfg']
+    assert (cfg['input_size'], cfg['num_classes'], cfg['label_names']) == ([3, 64, 64], 5, [*'abcde'])
+    assert not {'test_input_size', 'test_crop_pct', 'origin_url', 'tag'} & cfg.keys()
+    assert cfg['license'] == 'cc-by-nc-4.0'  # the weights may have been its
+    assert 'license: cc-by-nc-4.0' in (tmp_path / 'saved/README.md').read_text()
+    (run / 'result.json').unlink()
+    assert 'results' not in saved_config(run, tmp_path / 'unfinished')
+
+
+def test_convert_and_fold_take_a_run(tmp_path):
+    run = train(tmp_path, '--model-kwargs', 'skip_init=0.5', data=images(tmp_path))
+    assert cli.main(['fold', str(run), '--output', str(tmp_path / 'plain')]) == 0
+    assert cli.main(['convert', str(tmp_path / 'plain'), '--to', 'awm', '--output', str(tmp_path / 'awm')]) == 0
+    x = torch.randn(2, 1, 8, 8)
+    nets = [timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).eval() for name in ('plain', 'awm')]
+    torch.testing.assert_close(nets[0](x), load_net(str(run))(x))
+    torch.testing.assert_close(nets[1](x), nets[0](x))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'why'),
+    [
+        (['save', 'run', '--output', 'x'], "result.json is not of a run of this trainer ('command')"),
+        (['eval', 'run', '--data', 'digits'], 'the net knows 5 classes, the data has 10'),
+        (
+            ['eval', 'run', '--data', 'colour', '--data-dir', '.'],
+            'takes images of 1 channels, with 1 pixel means; those',
+        ),
+        (['eval', 'run', '--data', 'own', '--data-dir', '.', '--batch-size', '0'], 'batch_size=0'),
+        (['inspect', 'run', '--model-kwargs', 'checkpoint_path=x'], 'checkpoint_path is no argument of a net'),
+        (['inspect', 'nowhere.safetensors'], 'there is no file or folder nowhere.safetensors'),
+        (['inspect', 'seeds'], 'has neither config.json nor last.safetensors; give one of its runs, seed0, seed1'),
+        (['inspect', 'own_test.npz'], 'own_test.npz is not a whole safetensors file'),
+        (['inspect', 'evil.safetensors'], 'says things of its net that make no sense'),
+        (['save', 'adaresnet14_cifar', '--checkpoint', 'list.pth', '--output', 'x'], 'list.pth is not a checkpoint'),
+        (['save', 'adaresnet14_cifar', '--checkpoint', 'empty.pth', '--output', 'x'], 'empty.pth is not a checkpoint'),
+    ],
+)
+def test_what_a_run_can_not_give_is_one_clear_line(tmp_path, capsys, monkeypatch, arguments, why):
+    monkeypatch.chdir(tmp_path)
+    images(Path())
+    np.savez('colour_test.npz', images=np.zeros((5, 8, 8, 3), np.uint8), labels=np.arange(5))
+    about = Trained('adaresnet14_cifar', {}, [*'abcde'], [1, 8, 8], [0.3], [0.4])
+    net = timm.create_model('adaresnet14_cifar', **about.arguments())
+    for folder in ('run', 'seeds/seed0', 'seeds/seed1'):
+        Path(folder).mkdir(parents=True)
+        safetensors.torch.save_file(net.state_dict(), Path(folder, 'last.safetensors'), about.metadata())
+    Path('run/result.json').write_text('{"data": "own", "recipe": {"seed": 0}, "last": {"top1": 1.0}}')
+    evil = {**about.metadata(), 'model_kwargs': '{"checkpoint_path": "list.pth"}'}
+    safetensors.torch.save_file(net.state_dict(), 'evil.safetensors', evil)
+    torch.save([1, 2], 'list.pth')
+    Path('empty.pth').touch()
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert why in error
+    assert error.count('\n') == 1
+    assert not Path('x').exists()
 
 
 def test_fold_reports_what_stays_weighted(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,15 +15,14 @@ import torch
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
-from timm.optim import list_optimizers
 
-from timm_weighted_skip.cli import main
+from timm_weighted_skip.cli import build_parser, main
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.layers import Gate
 from timm_weighted_skip.models.pretrained import checkpoint_root
 from timm_weighted_skip.train import checkpoint as checkpoints
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
-from timm_weighted_skip.train.runs import Run, run_seeds
+from timm_weighted_skip.train.runs import Run, command_of, run_seeds, task_of
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net
 
 BASE = dict(epochs=4, batch_size=8, alternate_freeze=1, lr=0.05, weight_decay=1e-3, pad_crop=1, torchcompile=False)
@@ -72,8 +72,6 @@ def bits(net):
     ids=str,
 )
 def test_frozen_group_is_unmoved_by_a_bit_and_the_other_moves(recipe):
-    if recipe.get('opt', 'sgd') not in list_optimizers():
-        pytest.skip(f'this timm has no {recipe["opt"]}')
     trainer = make_trainer(**recipe)
     modules = dict(trainer.net.named_modules())
     gates = {f'{m}.{p}' for m in modules if isinstance(modules[m], Gate) for p, _ in modules[m].named_parameters()}
@@ -375,3 +373,17 @@ def test_two_seeds_differ_and_one_seed_repeats(tmp_path):
     ]
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
     assert not torch.equal(nets[0]['conv1.weight'], nets[2]['conv1.weight'])
+
+
+@pytest.mark.parametrize('name', [*sorted(set(list_recipes()) - {'awm_imagenet'}), None])
+def test_the_command_of_a_run_asks_for_it(tmp_path, name):
+    given = ['--epochs', '7', '--no-amp', '--no-aug', '--mean', '0.5', '--model-kwargs', 'hidden=8', 'sharing=kind']
+    if name is None:  # a file of one's own is told field by field, whatever it is called
+        path = tmp_path / 'awm_cifar.yaml'
+        path.write_text(yaml.safe_dump({'lr': 0.3, 'opt_betas': [0.8, 0.9], 'decay_milestones': [3, 5]}))
+    source = ['--model', 'awm_resnet14_cifar', '--data', 'digits', '--recipe', name or str(path)]
+    task, seeds, _ = task_of(build_parser().parse_args(['train', *source, *given, '--seed', '3']))
+    command = shlex.split(command_of(task))
+    again, same_seeds, _ = task_of(build_parser().parse_args(command[1:]))
+    assert (again.model, again.data, again.recipe, same_seeds) == (task.model, task.data, task.recipe, seeds)
+    assert again.recipe_name == name

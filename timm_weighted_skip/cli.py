@@ -177,8 +177,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_net(args: argparse.Namespace, model, model_args: dict, results=None) -> None:
-    """Write what a verb of `add_source` made; `results` are for the model card, unless --results gives others."""
+def write_net(args: argparse.Namespace, model, model_args: dict, known=None) -> None:
+    """Write what a verb of `add_source` made; `known()` gives results for the model card if --results does not."""
     from timm_weighted_skip.hub.config import Results, read_json
     from timm_weighted_skip.hub.save import save_checkpoint, save_weights
 
@@ -187,6 +187,7 @@ def write_net(args: argparse.Namespace, model, model_args: dict, results=None) -
             raise ValueError(f'--results goes into a model card; with it, give a folder, not {args.output}')
         print(f'wrote {save_weights(model, args.output)}')
         return
+    results = known() if known and not args.results else None
     if args.results:
         results = Results.from_dict(read_json(args.results), str(args.results))
     print(f'wrote {save_checkpoint(model, args.output, results, model_args)}')
@@ -198,10 +199,12 @@ def add_save(verbs) -> None:
     add_source(parser)
 
     def run(args: argparse.Namespace) -> None:
-        from timm_weighted_skip.hub.source import load_source, results_of_run
+        from timm_weighted_skip.hub.source import known_results, load_net_and_args
 
-        results = None if args.checkpoint else results_of_run(args.model)
-        write_net(args, *load_source(args.model, args.checkpoint, args.model_kwargs), results)
+        # What was measured of a run is not of its net with other weights or arguments.
+        as_it_is = not args.checkpoint and not args.model_kwargs
+        model, model_args = load_net_and_args(args.model, args.checkpoint, args.model_kwargs)
+        write_net(args, model, model_args, (lambda: known_results(args.model)) if as_it_is else None)
 
     parser.set_defaults(run=run)
 
@@ -214,9 +217,9 @@ def add_convert(verbs) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip import convert
-        from timm_weighted_skip.hub.source import load_source
+        from timm_weighted_skip.hub.source import load_net_and_args
 
-        model, model_args = load_source(args.model, args.checkpoint, args.model_kwargs)
+        model, model_args = load_net_and_args(args.model, args.checkpoint, args.model_kwargs)
         make = getattr(convert, f'to_{args.to}')
         write_net(args, make(model), convert.plain_args(model_args))
 
@@ -230,9 +233,9 @@ def add_fold(verbs) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip import convert
-        from timm_weighted_skip.hub.source import load_source
+        from timm_weighted_skip.hub.source import load_net_and_args
 
-        model, model_args = load_source(args.model, args.checkpoint, args.model_kwargs)
+        model, model_args = load_net_and_args(args.model, args.checkpoint, args.model_kwargs)
         folded, kept = convert.fold(model)
         if kept:
             print(f'still weighted, having w <= 0 on an identity shortcut: {", ".join(kept)}')
@@ -327,15 +330,15 @@ def add_eval(verbs) -> None:
         import json
 
         from timm_weighted_skip.data import load_image_set
-        from timm_weighted_skip.nets import load_net
+        from timm_weighted_skip.nets import find_net, load_net
         from timm_weighted_skip.train.runs import evaluate_on
 
         if args.data is None:
             raise ValueError('--data is missing: the images to evaluate on, such as cifar10 with --data-dir, or digits')
-        net = load_net(args.model, args.checkpoint, need_weights=True, **args.model_kwargs)
+        net = load_net(args.model, args.checkpoint, args.model_kwargs, need_weights=True)
         data = load_image_set(args.data, False, args.data_dir, args.download)
         measured = evaluate_on(net, data, args.batch_size, args.device, args.amp)
-        print(json.dumps({'model': args.model, **measured}))
+        print(json.dumps({'model': find_net(args.model).name, **measured}))
 
     parser.set_defaults(run=run)
 

@@ -2,22 +2,27 @@
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Optional, Union
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg_value, load_state_dict
 from torch import nn
 
 from timm_weighted_skip.models.names import check_model_name
 
-__all__ = ['LAST', 'Source', 'Trained', 'find_net', 'load_net']
+__all__ = ['FOREIGN', 'LAST', 'NamedNet', 'Trained', 'find_net', 'load_net']
 
 LAST = 'last.safetensors'
 """In the folder of a training run: the weights after its last epoch."""
+
+FOREIGN = {'cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
+"""Arguments of `timm.create_model` that are not the net's; a file from somewhere has no business with them."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,20 @@ class Trained:
         except SafetensorError as error:
             raise ValueError(f'{file} is not a whole safetensors file ({error})') from None
         names = {field.name for field in fields(cls)}
-        if not names <= about.keys():
-            raise ValueError(f'{file} does not say which model it is of; give the model, and this file as --checkpoint')
-        return cls(about['model'], **{name: json.loads(about[name]) for name in names - {'model'}})
+        if missing := names - about.keys():
+            raise ValueError(
+                f'{file} does not say which model it is of (it lacks {", ".join(sorted(missing))}); give a folder that '
+                'has config.json, or the model and this file as --checkpoint'
+            )
+        try:
+            trained = cls(about['model'], **{name: json.loads(about[name]) for name in names - {'model'}})
+            channels, _, _ = trained.input_size
+            fits = channels == len(trained.mean) == len(trained.std) and not FOREIGN & dict(trained.model_kwargs).keys()
+        except (ValueError, TypeError):
+            fits = False
+        if not fits:
+            raise ValueError(f'{file} says things of its net that make no sense; it is damaged or not of this trainer')
+        return trained
 
     def metadata(self) -> dict[str, str]:
         """The strings that `read` makes sense of."""
@@ -63,20 +79,23 @@ class Trained:
 
     def arguments(self) -> dict[str, Any]:
         """Those of `timm.create_model`."""
+        shape = {'num_classes': len(self.classes), 'in_chans': self.input_size[0]}
         config = {
+            'num_classes': len(self.classes),
             'input_size': tuple(self.input_size),
             'crop_pct': 1.0,
             'mean': tuple(self.mean),
             'std': tuple(self.std),
             'label_names': self.classes,
+            # What the registered model has of other weights.
+            **dict.fromkeys(('tag', 'test_input_size', 'test_crop_pct', 'description', 'origin_url')),
         }
-        shape = {'num_classes': len(self.classes), 'in_chans': self.input_size[0]}
         return {**self.model_kwargs, **shape, 'pretrained_cfg_overlay': config}
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a net comes from.
+class NamedNet:
+    """What a user's name of a net stands for.
 
     Attributes:
         name: What `timm.create_model` takes.
@@ -89,7 +108,7 @@ class Source:
     weights: Optional[Path]
 
 
-def find_net(source: str) -> Source:
+def find_net(source: str) -> NamedNet:
     """What is meant by `source`, see `load_net`.
 
     Raises:
@@ -97,23 +116,28 @@ def find_net(source: str) -> Source:
         OSError: There is no such file or folder.
     """
     path = Path(source)
-    if path.is_dir() and (path / 'config.json').is_file():
-        return Source(f'local-dir:{source}', {}, None)
-    if path.is_dir():
+    if (path / 'config.json').is_file():
+        return NamedNet(f'local-dir:{source}', {}, None)
+    if (path / LAST).is_file():
         path = path / LAST
-        if not path.is_file():
-            raise FileNotFoundError(f'{source} has neither config.json nor {LAST}; give one that has')
     if path.is_file():
         trained = Trained.read(path)
-        return Source(trained.model, trained.arguments(), path)
-    if ':' not in source and len(path.parts) > 1:
+        return NamedNet(trained.model, trained.arguments(), path)
+    if path.is_dir() and not timm.is_model(source):
+        runs = sorted(run.parent.name for run in path.glob(f'*/{LAST}'))
+        instead = f'one of its runs, {", ".join(runs)}' if runs else 'one that has'
+        raise FileNotFoundError(f'{source} has neither config.json nor {LAST}; give {instead}')
+    if ':' not in source and (len(path.parts) > 1 or path.suffix == '.safetensors'):
         raise FileNotFoundError(f'there is no file or folder {source}')
     check_model_name(source)
-    return Source(source, {}, None)
+    return NamedNet(source, {}, None)
 
 
 def load_net(
-    source: str, checkpoint: Optional[Union[str, Path]] = None, need_weights: bool = False, **model_kwargs: Any
+    source: str,
+    checkpoint: Optional[Union[str, Path]] = None,
+    model_kwargs: Optional[dict[str, Any]] = None,
+    need_weights: bool = False,
 ) -> nn.Module:
     """The net of `source`, with its weights, in eval mode.
 
@@ -124,27 +148,35 @@ def load_net(
             initial ones, and a line on stderr says so.
         checkpoint: File of weights to load in place of the source's, such as timm's `model_best.pth.tar`; of one that
             also has an exponential moving average, the average. Pickles are read with `weights_only=True`.
-        need_weights: Refuse a net that would keep its initial weights.
         model_kwargs: Arguments of the model, such as `num_classes=100`.
+        need_weights: Refuse a net that would keep its initial weights.
 
     Raises:
         ValueError: There is no such model, or the weights are another net's or not readable.
         OSError: There is no such file or folder.
     """
+    model_kwargs = model_kwargs or {}
+    if foreign := FOREIGN & model_kwargs.keys():
+        raise ValueError(f'{", ".join(sorted(foreign))} is no argument of a net; name the net and its weights instead')
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f'no file {str(checkpoint)!r} to load weights from')
     found = find_net(source)
-    weights = checkpoint or found.weights
+    arguments, weights = found.arguments, checkpoint or found.weights
     published = weights is None and (':' in found.name or bool(get_pretrained_cfg_value(found.name, 'has_weights')))
     if weights is None and not published:
         if need_weights:
             raise ValueError(f'{source} has no published weights; give --checkpoint FILE or the folder of a run')
         print(f'{source}: no published weights and no --checkpoint given; these are initial weights', file=sys.stderr)
+    if checkpoint is not None:
+        with suppress(ValueError):  # another trainer's checkpoints say nothing of themselves
+            trained = Trained.read(Path(checkpoint))
+            arguments = trained.arguments() if trained.model == found.name else arguments
+    state = None if weights is None else _read_state(Path(weights))
     try:
-        net = timm.create_model(found.name, pretrained=published, **{**found.arguments, **model_kwargs})
-        if weights is not None:
-            net.load_state_dict(load_state_dict(str(weights), weights_only=True))
-    except (RuntimeError, TypeError, LookupError, EOFError, UnpicklingError, SafetensorError) as error:
+        net = timm.create_model(found.name, pretrained=published, **{**arguments, **model_kwargs})
+        if state is not None:
+            net.load_state_dict(state)
+    except (RuntimeError, TypeError, LookupError, AttributeError, UnpicklingError) as error:
         # torch lists every parameter that does not fit, after a line that names the class.
         reason = ' '.join(line.strip() for line in str(error).splitlines()[:2])
         raise ValueError(
@@ -152,3 +184,16 @@ def load_net(
             'give the arguments that it was trained with, such as --model-kwargs num_classes=100'
         ) from error
     return net.eval()
+
+
+def _read_state(file: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file of weights."""
+    try:
+        state = load_state_dict(str(file), weights_only=True)
+        if all(isinstance(name, str) for name in state):
+            return state
+        reason = 'it holds no weights with names'
+    except (RuntimeError, TypeError, LookupError, AttributeError, EOFError, UnpicklingError, SafetensorError) as error:
+        # The first sentence: some go on with how to load files that may run code.
+        reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
+    raise ValueError(f'{file} is not a checkpoint that can be read: {reason}')

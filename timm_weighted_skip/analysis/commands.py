@@ -40,7 +40,7 @@ def _read(
     args: argparse.Namespace, model: str, checkpoint: Optional[str]
 ) -> tuple[nn.Module, LabelledImages, Collected]:
     """The net, the test images and what the net's gates make of them."""
-    net = load_net(model, checkpoint, **args.model_kwargs).to(args.device)
+    net = load_net(model, checkpoint, args.model_kwargs).to(args.device)
     mapping_units(net)  # says what is wrong with the net before the data is looked at
     images = _images(args, net)
     return net, images, collect(net, images.loader(args.batch_size, args.workers))
@@ -59,7 +59,7 @@ def inspect_result(args: argparse.Namespace) -> Result:
     if args.data is None:
         if args.per_class:
             raise ValueError('--per-class needs images; give --data')
-        return _table([load_net(model, checkpoint, **args.model_kwargs) for model, checkpoint in pairs])
+        return _table([load_net(model, checkpoint, args.model_kwargs) for model, checkpoint in pairs])
     if len(pairs) > 1:
         raise ValueError(f'{len(pairs)} nets with --data; an AWM net is inspected alone')
     _, images, collected = _read(args, *pairs[0])
@@ -76,7 +76,7 @@ def variance_result(args: argparse.Namespace) -> Result:
         if not members:
             raise ValueError(f'group {name!r} has no checkpoints; give --group NAME CHECKPOINT CHECKPOINT ...')
         pairs = [(args.model or member, member if args.model else None) for member in members]
-        nets = [load_net(model, checkpoint, **args.model_kwargs) for model, checkpoint in pairs]
+        nets = [load_net(model, checkpoint, args.model_kwargs) for model, checkpoint in pairs]
         units, groups[name] = skip_rounds(nets)
         names = names or [unit.name for unit in units]
     return group_variance(groups, names)
@@ -91,7 +91,7 @@ def extremes_result(args: argparse.Namespace) -> Result:
 def discriminate_result(args: argparse.Namespace) -> Result:
     """How well weights tell classes, against pixels, features and random gates."""
     require('sklearn')
-    net = load_net(args.model, args.checkpoint, **args.model_kwargs).to(args.device)
+    net = load_net(args.model, args.checkpoint, args.model_kwargs).to(args.device)
     mapping_units(net)
     loaders = [_images(args, net, split).loader(args.batch_size, args.workers) for split in ('train', 'validation')]
     train, test = (collect(net, loader, controls=True, seed=args.seed) for loader in loaders)
@@ -111,7 +111,7 @@ def write_report(args: argparse.Namespace) -> Path:
     folder = Path(args.model)
     logged = any((folder / name).is_file() for name in ('log.jsonl', 'summary.csv'))
     if args.data is None:
-        net = load_net(args.model, args.checkpoint, **args.model_kwargs)
+        net = load_net(args.model, args.checkpoint, args.model_kwargs)
         weights = _table([net])
     else:
         net, images, collected = _read(args, args.model, args.checkpoint)

@@ -104,7 +104,7 @@ def model_card(folder: Path, repo_id: str) -> str:
     model = build_net(config, folder / 'config.json').eval()
     stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
     costs = count_costs(model, image)
-    terms = results.license if results else cfg.get('license', 'apache-2.0')
+    terms = cfg.get('license', 'apache-2.0')
 
     evaluation: dict[str, Any] = {}
     if results:

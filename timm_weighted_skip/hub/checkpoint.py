@@ -10,6 +10,7 @@ from torch import nn
 
 from timm_weighted_skip.hub.config import FILES, SAMPLE, Results, one_line, read_json
 from timm_weighted_skip.hub.weights import is_pickle, read_weights
+from timm_weighted_skip.nets import FOREIGN
 
 __all__ = ['build_net', 'validate_checkpoint']
 
@@ -28,8 +29,10 @@ def build_net(config: dict[str, Any], file: Path, **kwargs: Any) -> nn.Module:
         raise ValueError(f'{file} names the architecture {architecture!r}, which is not registered in timm')
     if not isinstance(args, dict) or not isinstance(cfg, dict):
         raise ValueError(f'{file} needs an object as pretrained_cfg, and as model_args if it has any')
-    if foreign := args.keys() & {'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}:
-        raise ValueError(f'{file} has {", ".join(foreign)} among its model_args; these are not arguments of a net')
+    if foreign := FOREIGN & args.keys():
+        raise ValueError(
+            f'{file} has {", ".join(sorted(foreign))} among its model_args; these are not arguments of a net'
+        )
     for source in ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'custom_load'):
         if cfg.get(source):
             raise ValueError(f'{file} sets {source}={cfg[source]!r}; the weights are those of its own directory')

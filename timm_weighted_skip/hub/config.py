@@ -24,6 +24,7 @@ DATASETS = {  # of `weighted-skip train`: name, id on the Hub
     'cifar100': ('CIFAR-100', 'uoft-cs/cifar100'),
     'mnist': ('MNIST', 'ylecun/mnist'),
     'digits': ("scikit-learn's digits", 'sklearn-digits'),
+    'folder': ('a folder of images', 'folder'),
 }
 
 
@@ -41,7 +42,7 @@ class Results:
         top1: Accuracy after the last epoch in %, one per seed.
         seed: The run whose weights these are.
         commit: Version of the code that trained it, a commit or a release.
-        license: Of the weights.
+        license: Of the weights; without one, that of the net's config.
         description: What a reader should know of these weights, in a sentence or two.
         comparison: Other nets' accuracies under the same recipe, name to one per seed.
     """
@@ -55,7 +56,7 @@ class Results:
     top1: list[float]
     seed: int
     commit: str
-    license: str = 'apache-2.0'
+    license: str = ''
     description: str = ''
     comparison: dict[str, list[float]] = field(default_factory=dict)
 
@@ -91,27 +92,36 @@ class Results:
             raise ValueError(f'{source}: a field of the results has the wrong type: {error}') from None
 
     @classmethod
-    def of_run(cls, run: dict[str, Any], all_seeds: Optional[dict[str, Any]] = None) -> 'Results':
+    def of_run(cls, run: dict[str, Any], source: str, of_all: Optional[dict[str, Any]] = None) -> 'Results':
         """Results of a run of `weighted-skip train`.
 
         Args:
             run: Its `result.json`.
-            all_seeds: `result.json` of a training of several seeds that this run was one of.
+            source: Names it in errors.
+            of_all: `result.json` of a training of several seeds that this run was one of.
+
+        Raises:
+            ValueError: A field is missing or has a value that makes no sense.
         """
-        dataset, identifier = DATASETS.get(run['data'], (run['data'], run['data']))
-        seed, top1 = run['recipe']['seed'], run['last']['top1']
-        seeds, accuracies = (all_seeds['seeds'], all_seeds['last']['top1']) if all_seeds else ([seed], [top1])
-        return cls(
-            dataset=dataset,
-            dataset_id=identifier,
-            split='test',
-            recipe=run['command'],
-            epochs=run['epochs'],
-            seeds=seeds,
-            top1=[round(value, 2) for value in accuracies],
-            seed=seed,
-            commit=run['commit'] or f'timm-weighted-skip {run["versions"]["timm_weighted_skip"]}',
-        )
+        try:
+            dataset, identifier = DATASETS.get(run['data'], (run['data'], run['data']))
+            seed, top1 = run['recipe']['seed'], run['last']['top1']
+            seeds, accuracies = (of_all['seeds'], of_all['last']['top1']) if of_all else ([seed], [top1])
+            return cls(
+                dataset=dataset,
+                dataset_id=identifier,
+                split='test',
+                recipe=run['command'],
+                epochs=run['epochs'],
+                seeds=seeds,
+                top1=[round(value, 2) for value in accuracies],
+                seed=seed,
+                commit=run['commit'] or f'timm-weighted-skip {run["versions"]["timm_weighted_skip"]}',
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f'{source} is not of a run of this trainer ({error}); give what was measured by --results'
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -163,7 +173,7 @@ def model_config(
         config['model_args'] = model_args
     if results:
         config['results'] = results.to_dict()
-        cfg['license'] = results.license
+        cfg['license'] = results.license or cfg.get('license') or 'apache-2.0'
     return config
 
 

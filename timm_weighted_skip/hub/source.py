@@ -1,19 +1,19 @@
 """What a checkpoint directory is made of: a net that a user names, the arguments it was made with, and its results."""
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from timm.models import load_model_config_from_hf, parse_model_name
 from torch import nn
 
 from timm_weighted_skip.hub.config import Results, read_json
-from timm_weighted_skip.nets import LAST, find_net, load_net
+from timm_weighted_skip.nets import FOREIGN, LAST, find_net, load_net
 
-__all__ = ['load_source', 'results_of_run']
+__all__ = ['known_results', 'load_net_and_args']
 
 
-def load_source(
-    source: str, checkpoint: Optional[Path] = None, model_kwargs: Optional[dict[str, Any]] = None
+def load_net_and_args(
+    source: str, checkpoint: Optional[Union[str, Path]] = None, model_kwargs: Optional[dict[str, Any]] = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A trained net in eval mode, and the arguments it was made with beside number of classes and input channels.
 
@@ -25,28 +25,33 @@ def load_source(
     Raises:
         ValueError, OSError: There is no such net, it has no weights, or `checkpoint` isn't a checkpoint of it.
     """
-    model_kwargs = model_kwargs or {}
-    model = load_net(source, checkpoint, need_weights=True, **model_kwargs)
+    model = load_net(source, checkpoint, model_kwargs, need_weights=True)
     found = find_net(source)
     where, model_id = parse_model_name(found.name)
     if where == 'local-dir':
         stored = read_json(Path(model_id) / 'config.json').get('model_args', {})
     else:
         stored = load_model_config_from_hf(model_id)[2] if where else {}
-    args = {**stored, **found.arguments, **model_kwargs}
-    return model, {k: v for k, v in args.items() if k not in ('num_classes', 'in_chans', 'pretrained_cfg_overlay')}
+    args = {**stored, **found.arguments, **(model_kwargs or {})}
+    return model, {k: v for k, v in args.items() if k not in {'num_classes', 'in_chans', *FOREIGN}}
 
 
-def results_of_run(source: str) -> Optional[Results]:
-    """What `weighted-skip train` has measured of the net of `source` and its other seeds.
+def known_results(source: str) -> Optional[Results]:
+    """What was measured of the net of `source`: a checkpoint directory's results, or a finished run's.
 
-    None if `source` isn't a run's folder or its `last.safetensors`, or the run isn't finished.
+    Raises:
+        ValueError: The file with the results is damaged.
     """
-    path = Path(source)
+    path = Path(source).resolve()
+    if (path / 'config.json').is_file():
+        config = read_json(path / 'config.json')
+        return Results.from_dict(config['results'], str(path / 'config.json')) if 'results' in config else None
     folder = path.parent if path.name == LAST else path
-    if not (folder / LAST).is_file() or not (folder / 'result.json').is_file():
+    file, siblings = folder / 'result.json', folder.parent / 'result.json'
+    if not (folder / LAST).is_file() or not file.is_file():
         return None
-    own, siblings = read_json(folder / 'result.json'), folder.parent / 'result.json'
+    run, of_all = read_json(file), None
     # A run of several seeds has a folder for each, and beside them the results of all.
-    all_seeds = read_json(siblings) if siblings.is_file() else {}
-    return Results.of_run(own, all_seeds if 'seeds' in all_seeds else None)
+    if siblings.is_file() and folder.name == f'seed{run.get("recipe", {}).get("seed")}':
+        of_all = read_json(siblings)
+    return Results.of_run(run, str(file), of_all)

@@ -28,13 +28,14 @@ from tqdm import tqdm
 import timm_weighted_skip
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.files import write_file
+from timm_weighted_skip.layers import check_count
 from timm_weighted_skip.nets import LAST, Trained
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
-from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, normalisation
+from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net
 
-__all__ = ['Run', 'describe', 'evaluate_on', 'read_run', 'run', 'run_seeds', 'summary', 'task_of']
+__all__ = ['Run', 'command_of', 'describe', 'evaluate_on', 'read_run', 'run', 'run_seeds', 'summary', 'task_of']
 
 ARGS, LOG, RESULT = 'args.yaml', 'log.jsonl', 'result.json'
 Analysis = Callable[[nn.Module, Iterable[torch.Tensor]], Any]
@@ -42,7 +43,7 @@ Analysis = Callable[[nn.Module, Iterable[torch.Tensor]], Any]
 
 @dataclass
 class Run:
-    """Which net a run trains, on what, by which recipe; see `load_image_set` for the data's arguments."""
+    """Which net a run trains, on what, by which recipe, by its name or file; see `load_image_set` for the data."""
 
     model: str
     data: str
@@ -78,7 +79,7 @@ def task_of(args: argparse.Namespace) -> tuple[Run, list[int], Path]:
     given = {option.name: getattr(args, option.name) for option in fields(Recipe) if hasattr(args, option.name)}
     recipe = load_recipe(args.recipe, **given)
     name = Path(args.recipe).stem if args.recipe else None
-    task = Run(args.model, args.data, args.data_dir, args.download, args.pretrained, args.device, name, recipe)
+    task = Run(args.model, args.data, args.data_dir, args.download, args.pretrained, args.device, args.recipe, recipe)
     experiment = args.experiment or '-'.join(filter(None, (args.model, args.data, name)))
     return task, args.seeds or [recipe.seed], Path(args.output) / experiment
 
@@ -273,7 +274,7 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     return book
 
 
-def _command(task: Run) -> str:
+def command_of(task: Run) -> str:
     """What trains the net of a run again, with the data wherever they are."""
     known = task.recipe_name in list_recipes()
     recipe, base = asdict(task.recipe), asdict(load_recipe(task.recipe_name if known else None))
@@ -289,7 +290,7 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
         'model': task.model,
         'data': task.data,
         'recipe_name': task.recipe_name,
-        'command': _command(task),
+        'command': command_of(task),
         'last': book['last'],
         'best': book['best'],
         'mapping_units': None,
@@ -350,8 +351,16 @@ def evaluate_on(
         ValueError: The net is of another number of classes or channels.
     """
     check_device(device)
+    check_count('batch_size', batch_size)
     if net.num_classes != len(data.classes):
         raise ValueError(f'the net knows {net.num_classes} classes, the data has {len(data.classes)}')
-    batches = Batches(data, batch_size, *normalisation(Recipe(), net, data), device, channels_last=True)
+    config: Any = net.pretrained_cfg
+    takes, channels = net.get_submodule(config['first_conv']).in_channels, data.images.shape[3]
+    if not takes == channels == len(config['mean']):
+        raise ValueError(
+            f'the net takes images of {takes} channels, with {len(config["mean"])} pixel means; those of the data have '
+            f'{channels}; give a net that was trained on such images'
+        )
+    batches = Batches(data, batch_size, config['mean'], config['std'], device, channels_last=True)
     net = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return {'images': len(data.labels), **evaluate(net, batches, amp)}
