@@ -16,7 +16,6 @@ import torch
 import yaml
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.optim import list_optimizers
 
 from timm_weighted_skip.train import launcher
 from timm_weighted_skip.train.recipe import list_recipes, recipe_path
@@ -27,8 +26,6 @@ MODEL = 'awm_resnet14_cifar'
 
 def real_script():
     """timm's train.py and, if it is not to be had, why."""
-    if tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 27):
-        return None, f'the script of {launcher.TIMM_TAG} does not run with timm {timm.__version__}'
     given = os.environ.get('TIMM_TRAIN_SCRIPT')
     path = Path(given) if given else launcher.cache_folder() / 'train.py'
     return (path, '') if path.is_file() else (None, "timm's train.py is neither in $TIMM_TRAIN_SCRIPT nor in the cache")
@@ -105,8 +102,6 @@ OPTIONS = [
     ids=lambda value: ' '.join(map(str, value)) if isinstance(value, tuple) else '',
 )
 def test_phases_of_epochs(script, images, tmp_path, more):
-    if more[1] == 'muon' and 'muon' not in list_optimizers():
-        pytest.skip('this timm has no muon')
     done = launch(script, images, tmp_path, '--alternate-freeze', 1, '--epochs', 4, '--sched', 'step', *more)
     assert done.returncode == 0, done.stderr
     assert phases(tmp_path, 4) == 'gbg'

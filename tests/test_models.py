@@ -1,7 +1,6 @@
 """The nets: equal to timm's plain ones at identity, trainable from the start, complete in timm's ways of use."""
 
 import copy
-import inspect
 import math
 
 import pytest
@@ -132,13 +131,9 @@ def test_bfloat16(name):
 
 
 @pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet18', 'awm_densenet_bc', 'adaresnet18_released'])
-def test_dtype_argument_where_timm_has_it(name):
-    if 'dtype' not in inspect.signature(timm.models.ResNet).parameters:  # before timm 1.0.21
-        with pytest.raises(TypeError, match='dtype'):
-            timm.create_model(name, dtype=torch.bfloat16)
-    else:
-        model = timm.create_model(name, dtype=torch.bfloat16)
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+def test_dtype_argument(name):
+    model = timm.create_model(name, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'adaresnet20_cifar', 'awm_densenet22_bc_cifar'])

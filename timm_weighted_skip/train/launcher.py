@@ -23,7 +23,7 @@ from timm_weighted_skip.train.recipe import list_recipes, recipe_path
 
 __all__ = ['TIMM_TAG', 'find_script', 'load_script', 'main']
 
-TIMM_TAG = 'v1.0.28'  # its scripts run with timm 1.0.27 and later
+TIMM_TAG = 'v1.0.28'  # its scripts run with every timm that the package takes
 URL = f'https://raw.githubusercontent.com/huggingface/pytorch-image-models/{TIMM_TAG}'
 SHA256 = {
     'train': '1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
