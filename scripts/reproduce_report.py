@@ -257,7 +257,10 @@ def write_report(manifest: Manifest, readme: Path = ROOT / 'README.md') -> None:
     """Bring the report's and the README's tables and figures up to date."""
     require('matplotlib', 'scipy')
     report = Report(manifest)
-    sections = {name: report.experiment(experiment) for name, experiment in manifest.experiments.items()}
+    sections = {
+        name: f'## {experiment.title}\n\n{report.experiment(experiment)}'
+        for name, experiment in manifest.experiments.items()
+    }
     fill(manifest.folder / 'REPORT.md', {**sections, 'variance': report.variance(), 'runs': report.runs()})
     fill(readme, {'checkpoints': checkpoint_table(), 'reproduction': report.summary()})
 

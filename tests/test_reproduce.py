@@ -112,6 +112,7 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     report.write_report(manifest, readme)
     text = sections.read_text()
     assert text.count('kept') == 3
+    assert '<!-- small -->\n## Two small nets on digits\n\n| run |' in text
     assert '| awm | 2 |' in text
     assert 'old' not in readme.read_text()
     assert all((tmp_path / path).is_file() for path in ('figures/small-curves.svg', 'figures/small-awm-weights.svg'))
@@ -222,7 +223,7 @@ def test_the_report_is_that_of_the_results(modules, tmp_path):
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
     report, text = modules[1].Report(manifest), (SCRIPTS / 'reproduce' / 'REPORT.md').read_text()
     for experiment in manifest.experiments.values():
-        assert modules[1].accuracy_table(manifest, experiment) in text
+        assert f'\n## {experiment.title}\n\n{modules[1].accuracy_table(manifest, experiment)}' in text
     assert report.runs() in text
     readme = (SCRIPTS.parent / 'README.md').read_text()
     assert report.summary() in readme
