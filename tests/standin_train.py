@@ -62,6 +62,7 @@ def main():
         is_training=True,
         hflip=args.hflip,
         num_workers=args.workers,
+        persistent_workers=args.workers > 0,
         distributed=world > 1,
         device=device,
     )

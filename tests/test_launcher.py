@@ -212,6 +212,7 @@ def test_pad_crop_is_the_trainers(images):
             std=(0.25,) * 3,
             device=torch.device('cpu'),
             num_workers=0,
+            persistent_workers=False,
         )
         assert next(iter(loader))[0].shape == (4, 3, 32, 32)
         padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
