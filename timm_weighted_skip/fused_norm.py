@@ -48,7 +48,7 @@ def can_fuse_norm(merge: Any, conv: Any, norm: Any, act: nn.Module, x: torch.Ten
         is_enabled()
         and type(norm) is nn.BatchNorm2d
         and type(act) is nn.ReLU
-        and 'norm_relu' in type(merge).__dict__  # a subclass may have another `forward`; torch 2.6 can't trace `vars`
+        and 'norm_relu' in type(merge).__dict__  # a subclass may have another `forward`; torch 2.8 can't trace `vars`
         and merge.gate is not None
     ):
         return False

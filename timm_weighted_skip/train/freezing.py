@@ -155,7 +155,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 @cache
 def _compiler_sees_freezing() -> bool:
-    """Whether a compiled net is compiled anew when a parameter's `requires_grad` changes. It is not by torch 2.6.
+    """Whether a compiled net is compiled anew when a parameter's `requires_grad` changes. It is not by torch 2.8.
 
     There a frozen and thawed parameter would get no gradient, and nothing would say so.
     """
