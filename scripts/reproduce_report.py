@@ -124,8 +124,8 @@ def _draw_gates(results: dict[int, dict[str, Any]]) -> 'Figure':
 
 def weights_of(run: Run, results: dict[int, dict[str, Any]]) -> Optional[Result]:
     """The weights that a run has learned, of those whose units have one or two."""
-    units = next(iter(results.values()))['mapping_units']
-    if not units or any(len(unit['mean']) > 2 for unit in units.values()):
+    units, fixed = next(iter(results.values()))['mapping_units'], run.options.get('model_kwargs', {}).get('skip_fixed')
+    if not units or fixed or any(len(unit['mean']) > 2 for unit in units.values()):
         return None
     if any(len(unit['mean']) == 1 for unit in units.values()):
         return weights_of_rounds(*skip_weight_rounds(run, results))
