@@ -251,6 +251,7 @@ def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsy
     monkeypatch.chdir(run)
     assert saved_config('.', tmp_path / 'here')['results'] == config['results']
     assert saved_config(saved, tmp_path / 'copy') == config
+    assert saved_config(named[0], tmp_path / 'named', *named[1:])['model_args'] == {'sharing': 'kind'}
     # What was measured is not of the best epoch's weights, nor of a net with other arguments.
     assert 'results' not in saved_config(run / 'model_best.safetensors', tmp_path / 'best')
     assert 'results' not in saved_config(run, tmp_path / 'other', '--model-kwargs', 'skip_init=1.0')

@@ -177,19 +177,22 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_net(args: argparse.Namespace, model, model_args: dict, known=None) -> None:
-    """Write what a verb of `add_source` made; `known()` gives results for the model card if --results does not."""
+def write_net(args: argparse.Namespace, model, model_args: dict, as_it_is: bool = False) -> None:
+    """Write what a verb of `add_source` made; what is known of a net `as_it_is` goes into the model card."""
     from timm_weighted_skip.hub.config import Results, read_json
     from timm_weighted_skip.hub.save import save_checkpoint, save_weights
+    from timm_weighted_skip.hub.source import known_results
 
     if args.output.suffix == '.safetensors':
         if args.results:
             raise ValueError(f'--results goes into a model card; with it, give a folder, not {args.output}')
         print(f'wrote {save_weights(model, args.output)}')
         return
-    results = known() if known and not args.results else None
+    results = None
     if args.results:
         results = Results.from_dict(read_json(args.results), str(args.results))
+    elif as_it_is:
+        results = known_results(args.model)
     print(f'wrote {save_checkpoint(model, args.output, results, model_args)}')
 
 
@@ -199,12 +202,11 @@ def add_save(verbs) -> None:
     add_source(parser)
 
     def run(args: argparse.Namespace) -> None:
-        from timm_weighted_skip.hub.source import known_results, load_net_and_args
+        from timm_weighted_skip.hub.source import load_net_and_args
 
         # What was measured of a run is not of its net with other weights or arguments.
         as_it_is = not args.checkpoint and not args.model_kwargs
-        model, model_args = load_net_and_args(args.model, args.checkpoint, args.model_kwargs)
-        write_net(args, model, model_args, (lambda: known_results(args.model)) if as_it_is else None)
+        write_net(args, *load_net_and_args(args.model, args.checkpoint, args.model_kwargs), as_it_is)
 
     parser.set_defaults(run=run)
 
@@ -330,15 +332,16 @@ def add_eval(verbs) -> None:
         import json
 
         from timm_weighted_skip.data import load_image_set
-        from timm_weighted_skip.nets import find_net, load_net
+        from timm_weighted_skip.nets import find_net
         from timm_weighted_skip.train.runs import evaluate_on
 
         if args.data is None:
             raise ValueError('--data is missing: the images to evaluate on, such as cifar10 with --data-dir, or digits')
-        net = load_net(args.model, args.checkpoint, args.model_kwargs, need_weights=True)
+        named = find_net(args.model, args.checkpoint)
+        net = named.load(args.model_kwargs, need_weights=True)
         data = load_image_set(args.data, False, args.data_dir, args.download)
         measured = evaluate_on(net, data, args.batch_size, args.device, args.amp)
-        print(json.dumps({'model': find_net(args.model).name, **measured}))
+        print(json.dumps({'model': named.name, **measured}))
 
     parser.set_defaults(run=run)
 

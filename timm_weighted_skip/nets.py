@@ -3,7 +3,7 @@
 import json
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Optional, Union
@@ -105,19 +105,61 @@ class NamedNet:
 
     name: str
     arguments: dict[str, Any]
-    weights: Optional[Path]
+    weights: Optional[Path] = None
+
+    def load(self, model_kwargs: Optional[dict[str, Any]] = None, need_weights: bool = False) -> nn.Module:
+        """The net, see `load_net`."""
+        model_kwargs = model_kwargs or {}
+        if foreign := FOREIGN & model_kwargs.keys():
+            foreign_names = ', '.join(sorted(foreign))
+            raise ValueError(f'{foreign_names} is no argument of a net; name the net and its weights instead')
+        state = None if self.weights is None else _read_state(self.weights)
+        published = state is None and (':' in self.name or bool(get_pretrained_cfg_value(self.name, 'has_weights')))
+        if state is None and not published:
+            if need_weights:
+                raise ValueError(f'{self.name} has no published weights; give --checkpoint FILE or the folder of a run')
+            print(
+                f'{self.name}: no published weights and no --checkpoint given; these are initial weights',
+                file=sys.stderr,
+            )
+        try:
+            net = timm.create_model(self.name, pretrained=published, **{**self.arguments, **model_kwargs})
+            if state is not None:
+                net.load_state_dict(state)
+        except (RuntimeError, TypeError, LookupError, AttributeError, UnpicklingError) as error:
+            # torch lists every parameter that does not fit, after a line that names the class.
+            reason = ' '.join(line.strip() for line in str(error).splitlines()[:2])
+            raise ValueError(
+                f'the weights of {self.weights or self.name} do not fit {self.name}: {reason}; '
+                'give the arguments that it was trained with, such as --model-kwargs num_classes=100'
+            ) from error
+        return net.eval()
 
 
-def find_net(source: str) -> NamedNet:
-    """What is meant by `source`, see `load_net`.
+def find_net(source: str, checkpoint: Optional[Union[str, Path]] = None) -> NamedNet:
+    """What is meant by `source`, with the weights in `checkpoint` if that is given; see `load_net`.
 
     Raises:
         ValueError: There is no such model, or the weights say not what they are of.
         OSError: There is no such file or folder.
     """
+    if checkpoint is None:
+        return _find(source)
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f'no file {str(checkpoint)!r} to load weights from')
+    found = _find(source)
+    with suppress(ValueError):  # another trainer's checkpoints say nothing of themselves
+        trained = Trained.read(checkpoint)
+        if trained.model == found.name:
+            return NamedNet(trained.model, trained.arguments(), checkpoint)
+    return replace(found, weights=checkpoint)
+
+
+def _find(source: str) -> NamedNet:
     path = Path(source)
     if (path / 'config.json').is_file():
-        return NamedNet(f'local-dir:{source}', {}, None)
+        return NamedNet(f'local-dir:{source}', {})
     if (path / LAST).is_file():
         path = path / LAST
     if path.is_file():
@@ -130,7 +172,7 @@ def find_net(source: str) -> NamedNet:
     if ':' not in source and (len(path.parts) > 1 or path.suffix == '.safetensors'):
         raise FileNotFoundError(f'there is no file or folder {source}')
     check_model_name(source)
-    return NamedNet(source, {}, None)
+    return NamedNet(source, {})
 
 
 def load_net(
@@ -155,35 +197,7 @@ def load_net(
         ValueError: There is no such model, or the weights are another net's or not readable.
         OSError: There is no such file or folder.
     """
-    model_kwargs = model_kwargs or {}
-    if foreign := FOREIGN & model_kwargs.keys():
-        raise ValueError(f'{", ".join(sorted(foreign))} is no argument of a net; name the net and its weights instead')
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise FileNotFoundError(f'no file {str(checkpoint)!r} to load weights from')
-    found = find_net(source)
-    arguments, weights = found.arguments, checkpoint or found.weights
-    published = weights is None and (':' in found.name or bool(get_pretrained_cfg_value(found.name, 'has_weights')))
-    if weights is None and not published:
-        if need_weights:
-            raise ValueError(f'{source} has no published weights; give --checkpoint FILE or the folder of a run')
-        print(f'{source}: no published weights and no --checkpoint given; these are initial weights', file=sys.stderr)
-    if checkpoint is not None:
-        with suppress(ValueError):  # another trainer's checkpoints say nothing of themselves
-            trained = Trained.read(Path(checkpoint))
-            arguments = trained.arguments() if trained.model == found.name else arguments
-    state = None if weights is None else _read_state(Path(weights))
-    try:
-        net = timm.create_model(found.name, pretrained=published, **{**arguments, **model_kwargs})
-        if state is not None:
-            net.load_state_dict(state)
-    except (RuntimeError, TypeError, LookupError, AttributeError, UnpicklingError) as error:
-        # torch lists every parameter that does not fit, after a line that names the class.
-        reason = ' '.join(line.strip() for line in str(error).splitlines()[:2])
-        raise ValueError(
-            f'the weights of {checkpoint or source} do not fit {found.name}: {reason}; '
-            'give the arguments that it was trained with, such as --model-kwargs num_classes=100'
-        ) from error
-    return net.eval()
+    return find_net(source, checkpoint).load(model_kwargs, need_weights)
 
 
 def _read_state(file: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from timm.models import load_model_config_from_hf, parse_model_name
 from torch import nn
 
 from timm_weighted_skip.hub.config import Results, read_json
-from timm_weighted_skip.nets import FOREIGN, LAST, find_net, load_net
+from timm_weighted_skip.nets import FOREIGN, LAST, find_net
 
 __all__ = ['known_results', 'load_net_and_args']
 
@@ -25,8 +25,8 @@ def load_net_and_args(
     Raises:
         ValueError, OSError: There is no such net, it has no weights, or `checkpoint` isn't a checkpoint of it.
     """
-    model = load_net(source, checkpoint, model_kwargs, need_weights=True)
-    found = find_net(source)
+    found = find_net(source, checkpoint)
+    model = found.load(model_kwargs, need_weights=True)
     where, model_id = parse_model_name(found.name)
     if where == 'local-dir':
         stored = read_json(Path(model_id) / 'config.json').get('model_args', {})
