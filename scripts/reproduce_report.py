@@ -150,7 +150,7 @@ class Report:
         return f'![{text}]({path.relative_to(self.manifest.folder)})'
 
     def experiment(self, experiment: Experiment) -> str:
-        parts = [accuracy_table(self.manifest, experiment)]
+        parts = [f'## {experiment.title}', accuracy_table(self.manifest, experiment)]
         about = [f'- `{run.name}`: {run.about}' for run in experiment.runs.values() if run.about]
         parts += ['\n'.join(about)] if about else []
         results = {name: found for name, run in experiment.runs.items() if (found := read_results(self.manifest, run))}
@@ -257,10 +257,7 @@ def write_report(manifest: Manifest, readme: Path = ROOT / 'README.md') -> None:
     """Bring the report's and the README's tables and figures up to date."""
     require('matplotlib', 'scipy')
     report = Report(manifest)
-    sections = {
-        name: f'## {experiment.title}\n\n{report.experiment(experiment)}'
-        for name, experiment in manifest.experiments.items()
-    }
+    sections = {name: report.experiment(experiment) for name, experiment in manifest.experiments.items()}
     fill(manifest.folder / 'REPORT.md', {**sections, 'variance': report.variance(), 'runs': report.runs()})
     fill(readme, {'checkpoints': checkpoint_table(), 'reproduction': report.summary()})
 
