@@ -18,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 
 from timm_weighted_skip.files import replacing, write_file
 
-__all__ = ['link', 'read_checkpoint', 'read_weights', 'save_checkpoint']
+__all__ = ['link', 'read_checkpoint', 'save_checkpoint']
 
 WEIGHTS, STATE = '.safetensors', '.pth.tar'
 
@@ -74,7 +74,7 @@ def save_checkpoint(
     return folder / f'{stem}{WEIGHTS}'
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file's state dict.
 
     Raises:
@@ -101,7 +101,7 @@ def read_checkpoint(
         return None
     stem = stems[-1][1]
     weights = {
-        name: read_weights(stem.with_name(f'{stem.name}.{name}{WEIGHTS}' if name else stem.name + WEIGHTS))
+        name: _read_weights(stem.with_name(f'{stem.name}.{name}{WEIGHTS}' if name else stem.name + WEIGHTS))
         for name in names
     }
     path = stem.with_name(stem.name + STATE)
