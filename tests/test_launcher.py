@@ -150,7 +150,8 @@ def test_device_module_without_a_launcher(script, images, tmp_path):
     config = tmp_path / 'mine.yaml'
     config.write_text('alternate_freeze: 1\npad_crop: 4\n')
     command = [str(script), '--device-modules', 'timm_weighted_skip.alternate', '--model', MODEL, '-c', str(config)]
-    done = start(command, images, tmp_path, '--epochs', 3, '--sched', 'step')
+    # Started like this, a script takes the timm beside it, whose older loaders want a worker.
+    done = start(command, images, tmp_path, '--epochs', 3, '--sched', 'step', '-j', 1)
     assert done.returncode == 0, done.stderr
     assert phases(tmp_path, 3) == 'gb'
 

@@ -202,6 +202,14 @@ def test_which_checkpoint_is_the_default(tmp_path, monkeypatch):
     assert tags()['net_cifar'][0] == 'cifar10'
 
 
+def test_shapes_of_a_checkpoint_are_tuples_as_timms_are():
+    """timm's benchmark.py and onnx_export.py put the batch before `input_size`."""
+    cfg = timm.create_model('awm_resnet14_cifar', pretrained=False).pretrained_cfg
+    assert cfg['tag'] == 'cifar10'
+    assert (2, *cfg['input_size']) == (2,) + cfg['input_size']
+    assert not [name for name, value in cfg.items() if isinstance(value, list)]
+
+
 def test_wheel_takes_small_weights_and_every_config(tmp_path):
     pytest.importorskip('hatchling')
     hook = runpy.run_path(str(Path(__file__).parents[1] / 'scripts/hatch_build.py'))['CheckpointsHook']

@@ -61,7 +61,8 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
         try:
             config = json.loads(file.read_text(encoding='utf-8'))
             known = {field.name for field in fields(PretrainedCfg)}
-            cfg = {k: v for k, v in config['pretrained_cfg'].items() if k in known}
+            stated = {k: v for k, v in config['pretrained_cfg'].items() if k in known}
+            cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}  # timm's scripts add to shapes
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             # The other checkpoints and every net remain of use.
             warnings.warn(f'{file} is not a checkpoint config and is left out: {error}', stacklevel=2)
