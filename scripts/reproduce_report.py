@@ -266,8 +266,12 @@ def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]])
     """What the checkpoint of a run, of its first seed, says of it and of the runs that it is compared with."""
     first = results[run.seeds[0]]
     runs = manifest.experiments[run.experiment].runs.values()
-    others = [o for o in runs if o.baseline == run.name or o.name == run.baseline]
-    comparison = {other.model: last_top1(read_results(manifest, other)) for other in others}
+    group = {run.name, run.baseline} - {None}
+    others = [o for o in runs if o is not run and group & {o.name, o.baseline}]
+    comparison = {
+        f'{other.model} ({other.about})' if other.about else other.model: last_top1(read_results(manifest, other))
+        for other in others
+    }
     command = f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}'
     of_all = {'seeds': list(results), 'last': {'top1': last_top1(results)}}
     return replace(
@@ -289,7 +293,11 @@ def write_checkpoints(manifest: Manifest, runs: Path, root: Path = ROOT / 'hub_c
             if not run.checkpoint or run.seeds[0] not in results:
                 continue
             if folder.exists():
-                update_results(folder, results_of(manifest, run, results))
+                there = json.loads((folder / 'config.json').read_text())['results']['recipe']
+                measured = results_of(manifest, run, results)
+                if there != measured.recipe:
+                    raise ValueError(f'{folder} is of `{there}`, not of `{measured.recipe}`; remove it first')
+                update_results(folder, measured)
                 continue
             model, model_args = load_net_and_args(str(runs / Job(run, run.seeds[0]).name))
             save_checkpoint(model, folder, results_of(manifest, run, results), model_args)

@@ -1,6 +1,7 @@
 """The runner of the reproduction: its manifest, its resuming, and what its report computes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,23 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     assert json.loads((folder / 'config.json').read_text())['results']['top1'] == measured['top1'][:1]
     assert f'{measured["top1"][0]:.2f} (n=1)' in (folder / 'README.md').read_text()
     assert (folder / 'model.safetensors').read_bytes() == weights
+
+    # The same net trained in another way is compared by what it is about.
+    together = (
+        '      together: {model: awm_resnet14_cifar, options: {alternate_freeze: 0}, baseline: plain, about: at once}\n'
+    )
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST + together)
+    shutil.copy(tmp_path / 'results/small/awm.seed0.json', tmp_path / 'results/small/together.seed0.json')
+    report.write_checkpoints(read_manifest(tmp_path / 'manifest.yaml'), tmp_path / 'runs', tmp_path / 'cards')
+    comparison = json.loads((folder / 'config.json').read_text())['results']['comparison']
+    assert list(comparison) == ['resnet14_cifar', 'awm_resnet14_cifar (at once)']
+
+    # Another training's accuracies are not put beside these weights.
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('lr: 0.02', 'lr: 0.03'))
+    config = (folder / 'config.json').read_bytes()
+    with pytest.raises(ValueError, match=r'lr 0\.02.*, not of .*lr 0\.03.*; remove it first'):
+        report.write_checkpoints(read_manifest(tmp_path / 'manifest.yaml'), tmp_path / 'runs', tmp_path / 'cards')
+    assert (folder / 'config.json').read_bytes() == config
 
 
 def test_killed_and_interrupted_it_goes_on(tmp_path):
