@@ -1,5 +1,6 @@
 """The command line: what a person sees, and one line for what they can mend."""
 
+import re
 import subprocess
 import sys
 
@@ -23,7 +24,8 @@ def test_unknown_name_lists_near_ones(capsys):
     assert 'awm_resnet32_cifar' in error
 
 
-def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path):
+def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     assert cli.main(['quickstart', '--epochs', '4', '--period', '2', '--seeds', '1', '--out', str(tmp_path)]) == 0
     printed = capsys.readouterr()
     accuracies = [float(line.split()[2]) for line in printed.out.splitlines() if line.endswith('% (n=1)')]
@@ -32,6 +34,14 @@ def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path):
     assert 'layer3.1' in printed.out
     assert 'phase=gates' in printed.err
     assert (tmp_path / 'weights.png').stat().st_size > 1000
+
+
+def test_quickstart_in_a_log_is_a_line_per_training(capsys, tmp_path):
+    assert cli.main(['quickstart', '--epochs', '1', '--seeds', '2', '--out', str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ''
+    for line, start in zip(printed.out.splitlines(), ('plain seed 0', 'AWM   seed 0', 'plain seed 1', 'AWM   seed 1')):
+        assert re.fullmatch(rf'{start}: [0-9.]+ %', line)
 
 
 @pytest.mark.parametrize(('argument', 'value'), [('--epochs', '0'), ('--seeds', '0'), ('--period', '-1')])

@@ -25,7 +25,7 @@ MODELS = {'plain': 'resnet14_cifar', 'AWM': 'awm_resnet14_cifar'}
 
 
 def train_digits(label: str, epochs: int, period: int, seed: int) -> Trainer:
-    """Train one of `MODELS` with SGD on a cosine schedule; a bar shows the epoch, its phase and the loss.
+    """Train one of `MODELS` with SGD on a cosine schedule; in a terminal a bar shows the epoch, its phase and the loss.
 
     Args:
         label: Which.
@@ -44,7 +44,7 @@ def train_digits(label: str, epochs: int, period: int, seed: int) -> Trainer:
     )
     torch.manual_seed(seed)
     trainer = Trainer(make_net(MODELS[label], train), recipe, train, test)
-    with tqdm(total=trainer.epochs, desc=f'{label:5} seed {seed}', unit='epoch') as bar:
+    with tqdm(total=trainer.epochs, desc=f'{label:5} seed {seed}', unit='epoch', leave=False, disable=None) as bar:
         for _ in range(trainer.epochs):
             done = trainer.train_epoch()
             bar.set_postfix(phase=done['phase'], loss=f'{done["loss"]:.3f}')
@@ -74,6 +74,7 @@ def quickstart(epochs: int = 30, period: int = 3, seeds: int = 3, out: Path = Pa
         for label in MODELS:
             trainer = train_digits(label, epochs, period, seed)
             top1[label].append(trainer.evaluate()['top1'])
+            print(f'{label:5} seed {seed}: {top1[label][-1]:.2f} %', flush=True)
 
     print(f'\ntest accuracy after {epochs} epochs on {len(trainer.train_batches)} digits:')
     for label, values in top1.items():
