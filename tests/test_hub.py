@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,11 @@ def test_card_says_what_was_measured(folder):
     assert f'{sum(p.numel() for p in trained_net().parameters()) / 1e6:.2f}' in text
     assert '- **Code:** `0123abc`\n' in text
     assert 'arXiv:1811.06878' in text
+
+
+def test_card_of_a_changed_checkout_says_so(tmp_path):
+    folder = save_checkpoint(trained_net(), tmp_path / 'net', replace(results(), commit='0123abc+'))
+    assert '- **Code:** `0123abc` with changes\n' in (folder / 'README.md').read_text()
 
 
 def test_card_without_results_claims_nothing(tmp_path):

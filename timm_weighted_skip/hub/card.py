@@ -163,7 +163,7 @@ def model_card(folder: Path, repo_id: str) -> str:
         + (f'\n- **Dataset:** {results.dataset}' if results else '')
         + (
             f'\n- **Recipe:** `{results.recipe}`\n- **Seeds:** {", ".join(map(str, results.seeds))}'
-            f'\n- **Code:** `{results.commit}`'
+            f'\n- **Code:** `{results.commit.rstrip("+")}`{" with changes" * results.commit.endswith("+")}'
             if results
             else '\n- **Training:** not recorded'
         )

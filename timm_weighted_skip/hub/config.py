@@ -41,7 +41,7 @@ class Results:
         seeds: One per training run.
         top1: Accuracy after the last epoch in %, one per seed.
         seed: The run whose weights these are.
-        commit: Version of the code that trained it, a commit or a release.
+        commit: Version of the code that trained it, a commit or a release; with '+' at its end, it was changed since.
         license: Of the weights; without one, that of the net's config.
         description: What a reader should know of these weights, in a sentence or two.
         comparison: Other nets' accuracies under the same recipe, name to one per seed.
