@@ -21,6 +21,7 @@ from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.layers import Gate
 from timm_weighted_skip.models.pretrained import checkpoint_root
 from timm_weighted_skip.train import checkpoint as checkpoints
+from timm_weighted_skip.train import runs
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
 from timm_weighted_skip.train.runs import Run, command_of, run_seeds, task_of
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net
@@ -212,6 +213,50 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert checkpoints.read_checkpoint(tmp_path / 'run', [''])[1]['updates'] >= 22
 
 
+def test_ctrl_c_while_testing_keeps_the_epoch(tmp_path, monkeypatch):
+    evaluate = Trainer.evaluate
+
+    def interrupted(trainer):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(trainer)
+
+    monkeypatch.setattr(Trainer, 'evaluate', interrupted)
+    with pytest.raises(SystemExit):
+        main(train_args(tmp_path))
+    assert checkpoints.read_checkpoint(tmp_path / 'run', [''])[1]['epoch'] == 1
+    assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize('name', ['last.safetensors', 'model_best.safetensors'])
+def test_killed_before_a_checkpoint_has_its_names_it_gets_them_when_resumed(tmp_path, monkeypatch, name):
+    link, links = runs.link, []
+
+    def killed(source, as_name):
+        links.append(as_name)
+        if as_name == name and links.count(name) == 2:  # in the last epoch, which is the best
+            raise OSError('killed')
+        link(source, as_name)
+
+    monkeypatch.setattr(runs, 'link', killed)
+    assert main(train_args(tmp_path, '--epochs', '2', '--alternate-freeze', '0')) == 1
+    assert main(['train', '--resume', str(tmp_path / 'run')]) == 0
+    (checkpoint,) = (tmp_path / 'run').glob('checkpoint-*.safetensors')
+    assert (tmp_path / 'run' / name).read_bytes() == checkpoint.read_bytes()
+
+
+def test_a_start_that_was_refused_leaves_its_folder_free(tmp_path, capsys):
+    assert main(train_args(tmp_path, '--batch-size', '2000')) == 1
+    assert main(train_args(tmp_path, '--epochs', '1')) == 0
+    assert main(train_args(tmp_path, '--epochs', '1')) == 1
+    assert 'holds a run' in capsys.readouterr().err
+
+
+def test_a_run_remembers_where_its_data_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task, _, _ = task_of(build_parser().parse_args(['train', '--data', 'folder', '--data-dir', 'pictures']))
+    assert task.data_dir == str(tmp_path / 'pictures')
+
+
 def test_files_of_a_run_and_its_evaluation(tmp_path, capsys):
     arguments = train_args(tmp_path, '--seeds', '0', '1', '--epochs', '2', '--model-ema', '--model-ema-decay', '0.5')
     assert main(arguments) == 0
@@ -339,6 +384,7 @@ def poison_after(evaluate):
         (['--data', 'cifar10'], '--data-dir'),
         (['--lr', 'nan'], 'lr=nan'),
         (['--device', 'abacus'], "device 'abacus'"),
+        (['--seeds', '1', '0', '1'], '--seeds has 1 more than once'),
         (['--grad-accum-steps', '99'], 'more than an epoch of 22 batches'),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',

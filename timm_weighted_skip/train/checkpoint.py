@@ -18,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 
 from timm_weighted_skip.files import replacing, write_file
 
-__all__ = ['link', 'read_checkpoint', 'save_checkpoint']
+__all__ = ['link', 'read_checkpoint', 'save_checkpoint', 'weights_file']
 
 WEIGHTS, STATE = '.safetensors', '.pth.tar'
 
@@ -30,6 +30,11 @@ def link(source: Path, name: str) -> None:
             os.link(source, part)
         except OSError:  # a file system without links
             part.write_bytes(source.read_bytes())
+
+
+def weights_file(folder: Path, updates: int, name: str = '') -> Path:
+    """Where the checkpoint of so many updates has its weights of that name."""
+    return folder / f'checkpoint-{updates}{f".{name}" if name else ""}{WEIGHTS}'
 
 
 def _stems(folder: Path) -> list[tuple[int, Path]]:
@@ -45,7 +50,7 @@ def save_checkpoint(
     weights: dict[str, dict[str, torch.Tensor]],
     state: dict[str, Any],
     metadata: dict[str, str],
-) -> Path:
+) -> None:
     """Write the checkpoint of `state['updates']` updates, then remove the older ones.
 
     Args:
@@ -53,25 +58,19 @@ def save_checkpoint(
         weights: '' -> the net's state dict; further ones by name, such as 'ema'.
         state: Tensors, numbers, strings, and lists and dicts of them.
         metadata: What the weights say of themselves.
-
-    Returns:
-        Path of the net's weights.
     """
-    stem = f'checkpoint-{state["updates"]}'
     for name, tensors in weights.items():
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        suffix = f'.{name}{WEIGHTS}' if name else WEIGHTS
-        write_file(folder / f'{stem}{suffix}', to_safetensors(tensors, {'format': 'pt', **metadata}))
+        write_file(weights_file(folder, state['updates'], name), to_safetensors(tensors, {'format': 'pt', **metadata}))
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_file(folder / f'{stem}{STATE}', buffer.getvalue())
+    write_file(folder / f'checkpoint-{state["updates"]}{STATE}', buffer.getvalue())
     for updates, older in _stems(folder):
         if updates < state['updates']:
             half_written = folder.glob(f'.{older.name}.*')  # by a run that was killed
             # .pth.tar goes before the weights: what is left is no checkpoint.
             for path in (*half_written, *sorted(folder.glob(f'{older.name}.*'))):
                 path.unlink()
-    return folder / f'{stem}{WEIGHTS}'
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -99,11 +98,8 @@ def read_checkpoint(
     stems = _stems(folder)
     if not stems:
         return None
-    stem = stems[-1][1]
-    weights = {
-        name: _read_weights(stem.with_name(f'{stem.name}.{name}{WEIGHTS}' if name else stem.name + WEIGHTS))
-        for name in names
-    }
+    updates, stem = stems[-1]
+    weights = {name: _read_weights(weights_file(folder, updates, name)) for name in names}
     path = stem.with_name(stem.name + STATE)
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)

@@ -31,9 +31,9 @@ from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import check_count
 from timm_weighted_skip.nets import LAST, Trained
 from timm_weighted_skip.train.batches import Batches
-from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint
+from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
-from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net
+from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, stop_signals
 
 __all__ = ['Run', 'command_of', 'describe', 'evaluate_on', 'read_run', 'run', 'run_seeds', 'summary', 'task_of']
 
@@ -79,7 +79,11 @@ def task_of(args: argparse.Namespace) -> tuple[Run, list[int], Path]:
     given = {option.name: getattr(args, option.name) for option in fields(Recipe) if hasattr(args, option.name)}
     recipe = load_recipe(args.recipe, **given)
     name = Path(args.recipe).stem if args.recipe else None
-    task = Run(args.model, args.data, args.data_dir, args.download, args.pretrained, args.device, args.recipe, recipe)
+    repeated = {seed for seed in args.seeds or () if args.seeds.count(seed) > 1}
+    if repeated:
+        raise ValueError(f'--seeds has {", ".join(map(str, repeated))} more than once; give each seed once')
+    data_dir = args.data_dir and str(Path(args.data_dir).absolute())  # the run may go on from elsewhere
+    task = Run(args.model, args.data, data_dir, args.download, args.pretrained, args.device, args.recipe, recipe)
     experiment = args.experiment or '-'.join(filter(None, (args.model, args.data, name)))
     return task, args.seeds or [recipe.seed], Path(args.output) / experiment
 
@@ -101,7 +105,8 @@ def run_seeds(
     task: Run, folder: Path, seeds: list[int], resume: bool = False, analysis: Optional[Analysis] = None
 ) -> dict:
     """`run` for one seed in `folder`, for several in a folder each below it; returns `run`'s result or a summary."""
-    if (folder / ARGS).exists() and not resume:
+    # What has no checkpoint yet was refused, or stopped in its first steps: there is nothing to lose or to go on with.
+    if not resume and any(folder.rglob('checkpoint-*')):
         raise ValueError(f'{folder} holds a run; go on with it by --resume {folder}, or give another --experiment')
     folder.mkdir(parents=True, exist_ok=True)
     results = []
@@ -114,7 +119,8 @@ def run_seeds(
                 of_seed.mkdir(exist_ok=True)
                 results.append(run(task, of_seed, analysis))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f'stopped; go on with: weighted-skip train --resume {folder}') from None
+        again = shlex.join(['weighted-skip', 'train', '--resume', str(folder)])
+        raise KeyboardInterrupt(f'stopped; go on with: {again}') from None
     if len(seeds) == 1:
         return results[0]
     result = summary(results)
@@ -204,7 +210,8 @@ def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar:
     started = time.perf_counter()
     try:
         trained = trainer.train_epoch(progress)
-        measured = trainer.evaluate()
+        with stop_signals() as stopped:  # an epoch is whole with its test accuracy
+            measured = trainer.evaluate()
     finally:
         book['wall_time'] += time.perf_counter() - started
     images, seconds = trained.pop('images'), trained.pop('seconds')
@@ -222,6 +229,8 @@ def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar:
         f'loss {trained["loss"]:.4f}, top1 {trained["top1"]:.2f} %, '
         f'test loss {measured["loss"]:.4f}, top1 {measured["top1"]:.2f} %, {speed} images/s'
     )
+    if stopped():
+        raise EpochStopped
 
 
 def _metadata(task: Run, trainer: Trainer) -> dict[str, str]:
@@ -239,8 +248,13 @@ def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> No
         weights['ema'] = trainer.ema.module.state_dict()
     kept = {name: book[name] for name in ('wall_time', 'best', 'last') if name in book}
     state = {**trainer.state_dict(), 'book': kept, 'model': task.model, 'recipe': asdict(task.recipe)}
-    path = save_checkpoint(folder, weights, state, _metadata(task, trainer))
-    path = path.with_name(f'{path.stem}.ema.safetensors') if trainer.ema else path
+    save_checkpoint(folder, weights, state, _metadata(task, trainer))
+    _link(folder, trainer, book)
+
+
+def _link(folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
+    """Name the weights of the checkpoint at the trainer's position by what they are."""
+    path = weights_file(folder, trainer.position.updates, 'ema' if trainer.ema else '')
     link(path, LAST)
     if 'best' in book and book['best']['epoch'] == trainer.position.epoch - 1 and not trainer.position.batch:
         link(path, 'model_best.safetensors')
@@ -271,6 +285,7 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     if (folder / LOG).exists():
         lines = map(json.loads, (folder / LOG).read_text().splitlines())
         book['log'] = [line for line in lines if line['epoch'] < trainer.position.epoch]
+    _link(folder, trainer, book)  # which a kill may have forestalled
     return book
 
 

@@ -27,7 +27,7 @@ from timm_weighted_skip.train.batches import Batches, mix_seed
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 
-__all__ = ['EpochStopped', 'Trainer', 'check_device', 'evaluate', 'make_net', 'normalisation']
+__all__ = ['EpochStopped', 'Trainer', 'check_device', 'evaluate', 'make_net', 'normalisation', 'stop_signals']
 
 # Images that a run must process for torch.compile to win back on a CPU the minutes that it takes to compile.
 IMAGES_WORTH_COMPILING = 500_000
@@ -121,7 +121,7 @@ def _keep_memory() -> None:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Within, SIGINT and SIGTERM only set what the yielded function tells; a second one is as usual."""
     stopped = []
     previous: dict[signal.Signals, Any] = {}
@@ -300,7 +300,7 @@ class Trainer:
         end = self.updates_per_epoch * recipe.grad_accum_steps
         totals = torch.tensor([at.loss, at.correct], dtype=torch.float64, device=self.device)
         started, checked, first = time.perf_counter(), time.perf_counter(), at.batch
-        with _stop_signals() as stopped:
+        with stop_signals() as stopped:
             for batch, (x, labels) in enumerate(self.train_batches.shuffled(recipe.seed, at.epoch, at.batch), at.batch):
                 if batch == end:
                     break
