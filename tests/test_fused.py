@@ -236,6 +236,39 @@ def test_blocks_fall_back_where_single_operations_are_needed(taken):
     assert len(taken) == 2
 
 
+def test_what_a_user_puts_around_a_call_is_called(taken):
+    block = timm.create_model('adaresnet14_cifar').layer1[0].eval()
+    x = torch.randn(1, 16, 4, 4)
+    expected = block(x)
+    for module, forward in (
+        (block.merge, lambda residual, shortcut: SkipWeight.forward(block.merge, residual, shortcut)),
+        (block.act2, lambda merged: nn.ReLU.forward(block.act2, merged)),
+    ):
+        called = []
+        module.forward = lambda *args, forward=forward, called=called: called.append(args) or forward(*args)
+        torch.testing.assert_close(block(x), expected)
+        assert len(called) == 1
+        del module.forward
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(module)):
+        torch.testing.assert_close(block(x), expected)
+    assert {block.merge, block.act2} <= set(seen)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'adaresnet14_cifar', 'awm_densenet22_bc_cifar'])
+def test_gradients_of_several_outputs_at_once(name, training):
+    model = randomise(trained_gates(name, num_classes=3)).double().train(training)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *model.parameters()]
+    outputs = model(x).sum(0)
+    at_once = torch.autograd.grad(outputs, inputs, torch.eye(3).double(), is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(output, inputs, retain_graph=True) for output in outputs]
+    for ours, theirs in zip(at_once, map(torch.stack, zip(*each))):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_changed_merge_is_asked(taken):
     class Halved(SkipWeight):
         def forward(self, residual, shortcut):

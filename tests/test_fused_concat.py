@@ -199,6 +199,7 @@ def change_norm(layer, **kwargs):
         lambda layer: layer.norm1.act.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
         lambda layer: layer.register_forward_pre_hook(lambda module, args: ([x * 2 for x in args[0]],)),
         lambda layer: setattr(layer.norm1, 'act', nn.SiLU()),
+        lambda layer: setattr(layer.norm1.act, 'forward', torch.sigmoid),
         lambda layer: change_norm(layer, momentum=None),
         lambda layer: change_norm(layer, affine=False),
         lambda layer: change_norm(layer, track_running_stats=False),

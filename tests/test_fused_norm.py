@@ -171,6 +171,10 @@ def test_compiled_training_falls_back_where_single_operations_are_needed():
     assert moments(lambda: None, lambda handle: None) == 1
     for module in (block.merge, block.bn2, block.act2, block.conv2):
         assert moments(*seen(module)) == 0
+        # Another forward than its class's.
+        assert (
+            moments(lambda m=module: setattr(m, 'forward', m.forward), lambda _, m=module: delattr(m, 'forward')) == 0
+        )
     for name, module in (
         ('drop_path', timm.layers.DropPath(0.1)),
         ('se', nn.Identity()),

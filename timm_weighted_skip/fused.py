@@ -21,6 +21,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 from torch.autograd import Function, forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ['set_fused_merge']
 
@@ -85,9 +86,15 @@ def is_eager(*maps: torch.Tensor) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether calling `module` does more than its class's `forward`: hooks on it or on all, or its own `forward`."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or 'forward' in module.__dict__ or _has_any_global_hook()
+
+
+def is_composed(grad: torch.Tensor) -> bool:
+    """Whether a backward pass from `grad` may only make new tensors: it is differentiated itself, or under vmap."""
+    batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor  # neither is public
+    return torch.is_grad_enabled() or any(is_batched(grad) for is_batched in batched)
 
 
 @torch.no_grad()
@@ -173,7 +180,7 @@ def chunks(x: torch.Tensor, *others: Optional[torch.Tensor]) -> Iterable[tuple[t
 
 def _dots_through_relu(grad: torch.Tensor, y: torch.Tensor, *maps: torch.Tensor) -> list[torch.Tensor]:
     """The gradient `g` before a ReLU, and `sum(g * map)` per image, (N,), for each of `maps`."""
-    if torch.is_grad_enabled():  # to be differentiated
+    if is_composed(grad):
         grad = through_relu(grad, y)
         return [grad, *((grad * x).sum((1, 2, 3)) for x in maps)]
     before, dots = torch.empty_like(y), []
@@ -205,7 +212,7 @@ class _SkipReLU(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         y, shortcut, weight = ctx.saved_tensors
-        if ctx.kernels is not None and shortcut is not None and not torch.is_grad_enabled():
+        if ctx.kernels is not None and shortcut is not None and not is_composed(grad):
             return *ctx.kernels.skip_gradients(grad, y, shortcut, weight), None
         grad, *dots = _dots_through_relu(grad, y, *(() if shortcut is None else (shortcut,)))
         of_weight = dots[0].sum() if dots else None
@@ -246,14 +253,14 @@ class _Means(Function):
             of_z = of_z / ctx.size.numel()
         if write is not None and grad is not None:
             return *write(grad, share=of_z), None, None
-        shares = (None, None)
+        shares: tuple[Optional[torch.Tensor], ...] = (None, None)
         if of_z is not None:
-            shares = of_z.unflatten(1, (2, -1))[..., None, None].expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
+            shares = of_z.view(len(of_z), 2, -1, 1, 1).expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
         if grad is None:  # of a loss on the weights alone
             return *shares, None, None
         by_residual, by_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
-        # Nobody else holds this gradient and what is made of it, unless they are themselves to be differentiated.
-        overwrite = not torch.is_grad_enabled()
+        # Nobody else holds this gradient and what is made of it, unless it is itself to be differentiated.
+        overwrite = not is_composed(grad)
         of_shortcut = _sum(grad * by_shortcut, shares[1], overwrite)
         of_residual = _sum(grad.mul_(by_residual) if overwrite else grad * by_residual, shares[0], overwrite)
         return of_residual, of_shortcut, None, None
@@ -283,7 +290,7 @@ class _MappingReLU(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         y, shortcut, weight, kept = ctx.saved_tensors
-        if ctx.kernels is not None and not torch.is_grad_enabled():
+        if ctx.kernels is not None and not is_composed(grad):
             weight = weight.detach()
             ctx.link['write'] = partial(ctx.kernels.gradients, y=y.detach(), weight=weight)
             return grad, None, ctx.kernels.dots(grad, kept, shortcut, weight), None, None, None

@@ -31,7 +31,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.autograd import Function
 
-from timm_weighted_skip.fused import chunks, is_eager, is_hooked, move_statistics, through_relu
+from timm_weighted_skip.fused import chunks, is_composed, is_eager, is_hooked, move_statistics, through_relu
 from timm_weighted_skip.layers import ActiveWeightedConcat
 
 __all__ = ['DenseFeatures', 'can_buffer', 'can_read', 'read']
@@ -125,7 +125,7 @@ def _split(grad: Optional[torch.Tensor], at: int) -> tuple[Optional[torch.Tensor
     """The gradients of the first `at` channels and of the others."""
     if grad is None:
         return None, None
-    return grad[:, :at] if at else None, grad[:, at:]
+    return grad.narrow(1, 0, at) if at else None, grad.narrow(1, at, grad.shape[1] - at)
 
 
 def _sum(a: Optional[torch.Tensor], b: torch.Tensor) -> torch.Tensor:
@@ -232,18 +232,7 @@ class _Read(Function):
             direct = [next(grads) if needed else None for needed in ctx.needs_input_grad[:6]]
             return *(a if b is None else _sum(a, b) for a, b in zip(of_next, direct)), *direct[3:], None, None
         of_x, of_mean, of_var = of_next
-        # Through relu(scale * x + shift).
-        total = torch.empty_like(y) if ctx.needs_input_grad[0] else None
-        of_scale, of_shift = torch.empty_like(mean), torch.empty_like(mean)
-        for part in chunks(grad, y, x, scale, of_scale, of_shift, total, of_x):
-            out, own, by, to_scale, to_shift, *sums = part[1:]
-            g = through_relu(part[0], out)
-            torch.sum(g * own, (2, 3), out=to_scale)
-            torch.sum(g, (2, 3), out=to_shift)
-            if total is not None and of_x is not None:
-                torch.addcmul(sums[1], g, by, out=sums[0])
-            elif total is not None:
-                torch.mul(g, by, out=sums[0])
+        total, of_scale, of_shift = _through_affine(grad, x, y, scale, of_x, ctx.needs_input_grad[0])
         # Through scale and shift.
         weight_c, factor, of_shift = weight.index_select(1, ctx.units), gamma * inverse, of_shift.sum(0)
         of_factor = (of_scale * weight_c).sum(0).addcmul_(of_shift, mu, value=-1)
@@ -255,8 +244,29 @@ class _Read(Function):
             of_weight.addcmul_(of_weighted, mean).addcmul_(slope, var)
             of_mean = _sum(of_mean, of_weighted.mul_(weight_c))
             of_var = _sum(of_var, slope.mul_(weight_c).div_(2))
-        of_weight = torch.zeros_like(weight).index_add_(1, ctx.units, of_weight)
+        of_weight = torch.zeros_like(weight).index_add(1, ctx.units, of_weight)
         return total, of_mean, of_var, of_weight, of_gamma, of_shift, None, None
+
+
+def _through_affine(
+    grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, of_x: Optional[torch.Tensor], total: bool
+) -> tuple[Optional[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The gradients through `y = relu(scale * x + shift)`: of x, with `of_x`, if in `total`; of scale; of shift."""
+    if is_composed(grad):
+        g = through_relu(grad, y)
+        return _sum(of_x, g * scale) if total else None, (g * x).sum((2, 3)), g.sum((2, 3))
+    to_x = torch.empty_like(y) if total else None
+    of_scale, of_shift = y.new_empty(y.shape[:2]), y.new_empty(y.shape[:2])
+    for part in chunks(grad, y, x, scale, of_scale, of_shift, to_x, of_x):
+        out, own, by, to_scale, to_shift, *sums = part[1:]
+        g = through_relu(part[0], out)
+        torch.sum(g * own, (2, 3), out=to_scale)
+        torch.sum(g, (2, 3), out=to_shift)
+        if total and of_x is not None:
+            torch.addcmul(sums[1], g, by, out=sums[0])
+        elif total:
+            torch.mul(g, by, out=sums[0])
+    return to_x, of_scale, of_shift
 
 
 def _statistics(weight: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
