@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import randomise
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from torch import nn
 
 from timm_weighted_skip import mapping_units
 from timm_weighted_skip.models.names import model_names
@@ -219,6 +221,34 @@ def test_sharing_a_weight_shares_the_parameter():
 def test_bad_arguments_are_named(name, kwargs, error, message):
     with pytest.raises(error, match=message):
         timm.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'channels': (32, 64, 64, 64)},
+        {'stem_type': 'deep', 'stem_width': 64},
+        {'avg_down': True},
+        {'norm_layer': partial(nn.BatchNorm2d, eps=1e-3)},
+    ],
+    ids=str,
+)
+def test_the_released_nets_first_projection_is_as_the_others(kwargs):
+    model = timm.create_model('adaresnet18_released', **kwargs).eval()
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    first, second = model.layer1[0].downsample, model.layer2[0].downsample
+    assert [type(module) for module in first] == [type(module) for module in second]
+    assert first[-1].eps == second[-1].eps
+
+
+def test_a_cifar_nets_head_is_its_last_part():
+    model = timm.create_model('awm_resnet14_cifar')
+    assert nn.Sequential(*list(model.children())[:-1])(torch.randn(2, 3, 32, 32)).shape == (2, 64)
+
+
+def test_features_are_chosen_by_feature_cfg_too():
+    model = timm.create_model('awm_resnet18', features_only=True, feature_cfg={'out_indices': (1, 3)})
+    assert model.feature_info.channels() == [64, 256]
 
 
 @pytest.mark.parametrize(

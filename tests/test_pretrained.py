@@ -1,6 +1,7 @@
 """Pretrained weights: timm's of the plain backbones, and ours out of the package."""
 
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -200,6 +201,18 @@ def test_which_checkpoint_is_the_default(tmp_path, monkeypatch):
     assert tags()['net'][0] == 'a_in1k'
     stage('net_cifar.cifar10', [3, 32, 32], 10)
     assert tags()['net_cifar'][0] == 'cifar10'
+
+
+def test_a_file_of_torchvisions_densenet(tmp_path):
+    small = {'block_config': (2, 2, 2, 2), 'growth_rate': 8}
+    plain = randomise(timm.create_model('densenet121', **small)).eval()
+    names = {key: re.sub(r'(denselayer\d\.(?:norm|conv))(\d)', r'\1.\2', key) for key in plain.state_dict()}
+    assert 'features.denseblock1.denselayer1.norm.1.weight' in names.values()
+    torch.save({names[key]: value for key, value in plain.state_dict().items()}, tmp_path / 'densenet.pth')
+    overlay = {'file': str(tmp_path / 'densenet.pth'), 'hf_hub_id': None}
+    model = timm.create_model('awm_densenet121', pretrained=True, pretrained_cfg_overlay=overlay, **small).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), plain(x))
 
 
 def test_shapes_of_a_checkpoint_are_tuples_as_timms_are():

@@ -259,7 +259,7 @@ class ActiveWeightedConcat(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
             return x
-        weight = self.gate(x.mean((2, 3))).to(x.dtype)  # (N, K)
+        weight = self.gate(x.flatten(2).mean(2)).to(x.dtype)  # (N, K)
         per_channel: List[torch.Tensor] = []  # noqa: UP006
         for k, width in enumerate(self.widths):
             per_channel.append(weight.narrow(1, k, 1).expand(-1, width))

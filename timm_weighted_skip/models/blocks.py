@@ -164,7 +164,13 @@ class WeightedResNet(ChecksInputSize, ResNet):
         self.min_input_size = self.feature_info[-1]['reduction']
 
 
-def build_resnet(model_cls: type[WeightedResNet], variant: str, pretrained: bool, **kwargs) -> WeightedResNet:
+def build_resnet(
+    model_cls: type[WeightedResNet],
+    variant: str,
+    pretrained: bool,
+    feature_cfg: Optional[dict[str, Any]] = None,
+    **kwargs,
+) -> WeightedResNet:
     """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
     if pretrained:
         require_checkpoint(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -173,6 +179,6 @@ def build_resnet(model_cls: type[WeightedResNet], variant: str, pretrained: bool
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=model_cls.out_indices),
+        feature_cfg={'out_indices': model_cls.out_indices, **(feature_cfg or {})},
         **kwargs,
     )

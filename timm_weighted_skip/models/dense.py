@@ -1,5 +1,6 @@
 """timm's DenseNet with the concatenation that a layer, a transition or the final norm reads weighted unit by unit."""
 
+import re
 from collections import OrderedDict
 from typing import List  # noqa: UP035  TorchScript reads List
 
@@ -125,6 +126,13 @@ class WeightedDenseNet(ChecksInputSize, DenseNet):
         self.min_input_size = self.feature_info[-1]['reduction']
 
 
+def _filter(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """`checkpoint_filter_fn`, of torchvision's DenseNets too, whose names have a dot more, as in `norm.1`."""
+    state_dict = state_dict.get('state_dict', state_dict)  # type: ignore[assignment]
+    named = {re.sub(r'(denselayer\d+\.(?:norm|conv))\.(\d)', r'\1\2', key): value for key, value in state_dict.items()}
+    return checkpoint_filter_fn(named, model)
+
+
 def build_densenet(model_cls: type[WeightedDenseNet], variant: str, pretrained: bool, **kwargs) -> WeightedDenseNet:
     """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
     if pretrained:
@@ -133,7 +141,7 @@ def build_densenet(model_cls: type[WeightedDenseNet], variant: str, pretrained: 
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=_filter,
         feature_cfg=dict(flatten_sequential=True, out_indices=model_cls.out_indices),
         **kwargs,
     )

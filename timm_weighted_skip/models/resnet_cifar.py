@@ -44,6 +44,8 @@ class CifarResNet(WeightedResNet):
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
         self.maxpool = nn.Identity()
         self.layer4 = nn.Sequential()
+        for name in ('global_pool', 'fc'):  # stay behind it, where who cuts off a head looks for them
+            self._modules[name] = self._modules.pop(name)
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4)):
             info['reduction'] = reduction
         self.min_input_size = 4

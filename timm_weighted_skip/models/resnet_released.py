@@ -5,8 +5,9 @@ halve the map, the first included, each starts with a projection unit, and every
 """
 
 import torch
+from timm.layers import get_norm_layer
 from timm.models import register_model
-from timm.models.resnet import ResNet, downsample_conv
+from timm.models.resnet import ResNet, downsample_avg, downsample_conv
 from torch import nn
 from torch.nn.functional import conv2d
 
@@ -48,10 +49,12 @@ class ReleasedResNet(WeightedResNet):
         super().__init__(block, layers, merge, in_chans, output_stride=32, **kwargs)
         dd = {name: kwargs[name] for name in ('device', 'dtype') if name in kwargs}
         unit = self.layer1[0]
-        width = unit.conv1.in_channels
+        width = unit.conv2.out_channels
         unit.stride, unit.conv1.stride = 2, (2, 2)
-        unit.downsample = downsample_conv(width, width, 1, stride=2, norm_layer=type(unit.bn1), **dd)
-        nn.init.kaiming_normal_(unit.downsample[0].weight, mode='fan_out', nonlinearity='relu')
+        downsample = downsample_avg if kwargs.get('avg_down') else downsample_conv
+        size, norm = kwargs.get('down_kernel_size', 1), get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
+        unit.downsample = downsample(unit.conv1.in_channels, width, size, stride=2, norm_layer=norm, **dd)
+        nn.init.kaiming_normal_(unit.downsample[-2].weight, mode='fan_out', nonlinearity='relu')
         unit.merge = merge(width, projection=True, **dd)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
