@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_dataset
 from torchvision.transforms import functional as tv
 
 from timm_weighted_skip.data import ImageSet, load_image_set
@@ -90,6 +91,22 @@ def test_npz_folder_and_digits_are_read(tmp_path):
     assert train.images.shape == (1437, 8, 8, 1)
     assert test.images.shape == (360, 8, 8, 1)
     assert train.images.max() == 255
+
+
+def test_a_folders_classes_have_timms_numbers(tmp_path):
+    for folder in ('train', 'test'):
+        for name in ('1', '2', '10', 'Bat', 'ant'):
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new('L', (4, 4)).save(tmp_path / folder / name / 'a.png')
+    for train, split in ((True, 'train'), (False, 'test')):
+        theirs = create_dataset('', root=str(tmp_path / split), search_split=False)
+        data = load_image_set('folder', train, tmp_path)
+        assert dict(zip(data.classes, range(5))) == theirs.reader.class_to_idx
+        assert data.labels.tolist() == [label for _, label in theirs]
+    path = tmp_path / 'train' / 'ant' / 'a.png'
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(OSError, match=r'ant/a\.png is not a readable image'):
+        load_image_set('folder', True, tmp_path)
 
 
 def test_what_is_no_image_set_is_refused_in_one_line(tmp_path):

@@ -6,8 +6,10 @@ from typing import Any, Optional, Union
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
 
-__all__ = ['SETS', 'ImageSet', 'load_image_set']
+__all__ = ['SETS', 'ImageSet', 'load_image_set', 'open_folder']
 
 SETS = ('cifar10', 'cifar100', 'mnist', 'digits', 'folder')
 FOLDERS = {'train': ('train',), 'test': ('validation', 'val', 'test')}
@@ -78,26 +80,39 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
     return _image_set(data.data, data.targets, data.classes)
 
 
-def _load_folder(root: Path, train: bool) -> ImageSet:
-    from PIL import Image
-    from torchvision.datasets import ImageFolder
+def open_folder(root: Path, train: bool) -> ImageDataset:
+    """timm's data set of `root/{train,validation}/<class>/<image>`, with the class numbers that its scripts use.
 
+    Raises:
+        OSError: There is no such folder, or no image in it.
+    """
     names = FOLDERS['train' if train else 'test']
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise OSError(f'{root} has no folder {" or ".join(names)} of one folder of images per class')
     try:
-        data = ImageFolder(str(folder))
-        arrays = [np.asarray(data.loader(path)) for path, _ in data.samples]
-    except (FileNotFoundError, Image.UnidentifiedImageError) as error:
+        return create_dataset('', root=str(folder), search_split=False)
+    except RuntimeError as error:
         raise OSError(f'{folder} is not a readable image folder: {error}') from None
+
+
+def _load_folder(root: Path, train: bool) -> ImageSet:
+    data, arrays, labels = open_folder(root, train), [], []
+    for index in range(len(data)):
+        stream, label = data.reader[index]
+        try:
+            with stream:
+                arrays.append(np.asarray(Image.open(stream).convert('RGB')))
+        except OSError as error:
+            raise OSError(f'{data.filename(index, absolute=True)} is not a readable image: {error}') from None
+        labels.append(label)
     sizes = sorted({array.shape[:2] for array in arrays})
     if len(sizes) > 1:
         raise ValueError(
-            f"{folder} holds images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[-1]}; this trainer's sets are "
+            f"{root} holds images of {len(sizes)} sizes, such as {sizes[0]} and {sizes[-1]}; this trainer's sets are "
             "of one size, timm's train.py takes any: python -m timm_weighted_skip.train"
         )
-    return _image_set(np.stack(arrays), data.targets, data.classes)
+    return _image_set(np.stack(arrays), labels, data.reader.class_to_idx)
 
 
 def _load_digits(train: bool) -> ImageSet:

@@ -11,7 +11,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from timm_weighted_skip.data import ImageSet, load_image_set
+from timm_weighted_skip.data import ImageSet, load_image_set, open_folder
 
 __all__ = ['LabelledImages', 'load_images']
 
@@ -90,8 +90,11 @@ def load_images(
     if name == 'digits' or npz.is_file() or (data_dir is None and '/' not in name):
         data = load_image_set(name, train, data_dir)
         source, classes = _Pictures(data), list(data.classes)
+    elif name == 'folder':
+        source = open_folder(Path(data_dir or '.'), train)
+        classes = list(source.reader.class_to_idx)
     else:
-        dataset = '' if name == 'folder' else name if '/' in name else f'torch/{name}'
+        dataset = name if '/' in name else f'torch/{name}'
         try:
             source = create_dataset(dataset, root=str(data_dir) if data_dir else None, split=split)
         except (RuntimeError, AssertionError) as error:
