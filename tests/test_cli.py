@@ -24,6 +24,21 @@ def test_unknown_name_lists_near_ones(capsys):
     assert 'awm_resnet32_cifar' in error
 
 
+def test_an_argument_without_a_value_is_named(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['eval', 'awm_resnet14_cifar.digits', '--model-kwargs', 'plain'])
+    assert "'plain' is not NAME=VALUE" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_weighted_skip.quickstart.quickstart', lambda *args, **kwargs: interrupted(args))
+    assert cli.main(['quickstart']) == 130
+    assert capsys.readouterr().err == ''
+
+
 def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     assert cli.main(['quickstart', '--epochs', '4', '--period', '2', '--seeds', '1', '--out', str(tmp_path)]) == 0

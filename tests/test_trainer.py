@@ -406,6 +406,21 @@ def test_an_unknown_recipe_key_names_its_neighbours(tmp_path):
         load_recipe(str(path))
 
 
+@pytest.mark.parametrize(
+    ('name', 'value', 'instead'),
+    [
+        ('no_aug', 'false', 'true or false'),
+        ('amp', 1, 'true or false'),
+        ('decay_milestones', 3, 'a list'),
+        ('mean', 0.5, 'a list'),
+        ('model_kwargs', 3, 'names with values'),
+    ],
+)
+def test_a_recipes_value_of_another_kind_is_refused(name, value, instead):
+    with pytest.raises(ValueError, match=f'{name}={value!r} is not allowed; give {instead}'):
+        Recipe(**{name: value})
+
+
 def test_every_recipe_of_this_trainer_loads():
     for name in set(list_recipes()) - {'awm_imagenet'}:
         assert load_recipe(name, epochs=7).epochs == 7

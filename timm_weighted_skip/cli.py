@@ -55,12 +55,12 @@ def add_quickstart(verbs) -> None:
 
 
 def _add_net_arguments(parser: argparse.ArgumentParser, several: Optional[str] = None) -> None:
-    from timm.utils import ParseKwargs
+    from timm_weighted_skip.train.recipe import NamedValues
 
     parser.add_argument('model', nargs=several,
                         help='name, run, folder with config.json, local-dir:FOLDER or hf-hub:REPOSITORY')  # fmt: skip
     parser.add_argument('--checkpoint', metavar='FILE', nargs=several, help="weights in place of the model's own")
-    parser.add_argument('--model-kwargs', nargs='+', default={}, action=ParseKwargs, metavar='NAME=VALUE',
+    parser.add_argument('--model-kwargs', nargs='+', default={}, action=NamedValues, metavar='NAME=VALUE',
                         help='arguments of the model, such as num_classes=100')  # fmt: skip
 
 
@@ -89,9 +89,9 @@ def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
         if args.out:
             require('matplotlib')
         result = getattr(commands, work)(args)
+        print(result.text(), flush=True)
         if args.out:
             result.save(args.out)
-        print(result.text())
 
     parser.set_defaults(run=run)
 
@@ -107,13 +107,13 @@ def add_inspect(verbs) -> None:
 
 def add_variance(verbs) -> None:
     """`variance`: of AdaResNet's weights within and between groups of trainings."""
-    from timm.utils import ParseKwargs
+    from timm_weighted_skip.train.recipe import NamedValues
 
     parser = verbs.add_parser('variance', help="variance of AdaResNets' weights within and between groups")
     parser.add_argument('--group', nargs='+', action='append', required=True, metavar=('NAME', 'CHECKPOINT'),
                         help='a name and trainings of a model: runs, folders with config.json or weights')  # fmt: skip
     parser.add_argument('--model', help='what the checkpoints are of, if they are bare files of weights')
-    parser.add_argument('--model-kwargs', nargs='+', default={}, action=ParseKwargs, metavar='NAME=VALUE')
+    parser.add_argument('--model-kwargs', nargs='+', default={}, action=NamedValues, metavar='NAME=VALUE')
     _set_analysis(parser, 'variance_result')
 
 
@@ -360,12 +360,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit status. What the user can mend is one line on stderr, without a trace."""
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f'weighted-skip: {error}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -48,13 +48,15 @@ class SkipWeight(nn.Module):
         plain: `F + s`, without a weight.
 
     Raises:
-        ValueError: `init` is neither a finite number nor 'normal'.
+        ValueError: `init` is neither a finite number nor 'normal', or a switch is no bool.
     """
 
     def __init__(self, init: SkipInit = 0.0, fixed: bool = False, plain: bool = False, device=None, dtype=None) -> None:
         super().__init__()
         if init != 'normal' and not _is_finite_number(init):
             raise ValueError(f"skip_init={init!r} is not allowed; give a finite number or 'normal'")
+        check_choice('skip_fixed', fixed, (False, True))
+        check_choice('plain', plain, (False, True))
         self.init = init
         weight = torch.empty((), device=device, dtype=dtype)
         if fixed or plain:
@@ -203,6 +205,7 @@ class ActiveWeightedMapping(nn.Module):
         self, channels: int, hidden: int = 16, scale: float = 2.0, plain: bool = False, device=None, dtype=None
     ) -> None:
         super().__init__()
+        check_choice('plain', plain, (False, True))
         self.gate = None if plain else Gate(2 * channels, hidden, paths=2, scale=scale, device=device, dtype=dtype)
 
     def forward(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
@@ -251,6 +254,7 @@ class ActiveWeightedConcat(nn.Module):
     ) -> None:
         super().__init__()
         check_choice('scale', scale, ('units', 'paper'))
+        check_choice('plain', plain, (False, True))
         self.widths = list(widths)
         paths = len(self.widths)
         factor = paths if scale == 'units' else 1

@@ -9,7 +9,7 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -20,6 +20,7 @@ from timm.utils import ParseKwargs
 from timm_weighted_skip.layers import check_choice, check_count
 
 __all__ = [
+    'NamedValues',
     'Recipe',
     'add_recipe_arguments',
     'list_recipes',
@@ -28,6 +29,16 @@ __all__ = [
     'recipe_arguments',
     'recipe_path',
 ]
+
+
+class NamedValues(ParseKwargs):
+    """timm's NAME=VALUE arguments."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                parser.error(f'argument {option_string}: {value!r} is not NAME=VALUE')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _option(default: Any, text: str, kind: Callable = str, metavar: str = 'X', **arguments: Any) -> Any:
@@ -47,8 +58,24 @@ def _flag(text: str) -> Any:
 
 
 def _kwargs(text: str) -> Any:
-    metadata = {'help': text, 'nargs': '*', 'action': ParseKwargs, 'metavar': 'NAME=VALUE'}
+    metadata = {'help': text, 'nargs': '*', 'action': NamedValues, 'metavar': 'NAME=VALUE'}
     return field(default_factory=dict, metadata=metadata)
+
+
+def _check_kind(option: Field, value: Any) -> None:
+    """Refuse what is no switch, list or dict where the option is one, as YAML's `"false"` or a single number."""
+    action = option.metadata.get('action')
+    kinds: tuple[type, ...]
+    if action in ('store_true', argparse.BooleanOptionalAction):
+        kinds, instead = (bool,), 'true or false'
+    elif action is NamedValues:
+        kinds, instead = (dict,), 'names with values'
+    elif 'nargs' in option.metadata:
+        kinds, instead = (list, tuple), 'a list'
+    else:
+        return
+    if not isinstance(value, kinds) and (value is not None or option.default is not None):
+        raise ValueError(f'{option.name}={value!r} is not allowed; give {instead}')
 
 
 @dataclass
@@ -112,6 +139,8 @@ class Recipe:
     torchcompile_mode: Optional[str] = _option(None, "torch.compile's mode, such as reduce-overhead", str, 'MODE')
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            _check_kind(option, getattr(self, option.name))
         for name in ('epochs', 'batch_size', 'grad_accum_steps'):
             check_count(name, getattr(self, name))
         for name in ('seed', 'alternate_freeze', 'pad_crop', 'warmup_epochs', 'cooldown_epochs'):
