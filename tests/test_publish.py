@@ -1,5 +1,6 @@
 """Publishing, through the real client, to a stand-in for the Hub."""
 
+import shutil
 import socket
 import time
 
@@ -73,6 +74,17 @@ def test_files_and_card_name_their_own_repository(hub, folder):
     card = files['README.md'].decode()
     assert f"'hf_hub:{REPO}'" in card
     assert 'timm-weighted-skip/' not in card
+
+
+def test_a_renamed_directory_is_published_under_its_new_name(hub, folder, tmp_path):
+    renamed = shutil.copytree(folder, tmp_path / 'renamed')
+    publish(renamed, REPO, token=TOKEN)
+    card = hub.repos[REPO].head[1]['README.md'].decode()
+    assert folder.name not in card
+    assert card.count(REPO) == 3
+    name = REPO.split('/')[1]
+    assert f'\n# Model card for {name}\n' in card
+    assert f'\n- name: {name}\n' in card
 
 
 def test_publishing_again_makes_no_commit_until_something_changes(hub, folder, tmp_path):

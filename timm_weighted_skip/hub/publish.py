@@ -54,6 +54,16 @@ def _reason(error: BaseException) -> str:
     return f'the Hub could not be reached: {one_line(error) or type(error).__name__}'
 
 
+def _readdressed(card: str, repo_id: str) -> str:
+    """A model card that names `repo_id` where it names the repository that its snippets load."""
+    named = re.search(r'hf_hub:([\w.-]+/[\w.-]+)', card)
+    if named is None:
+        return card
+    card = card.replace(named[1], repo_id)
+    own, new = named[1].split('/')[1], repo_id.split('/')[1]
+    return re.sub(rf'^(# Model card for|- name:) {re.escape(own)}$', rf'\1 {new}', card, flags=re.MULTILINE)
+
+
 def publish(
     folder: Path,
     repo_id: Optional[str] = None,
@@ -64,8 +74,8 @@ def publish(
     """Publish a checkpoint directory; the repository is made if there is none.
 
     The directory is validated first. The files become visible together, by one commit, or not at all. Running it again
-    sends only what the Hub lacks, and makes no commit if nothing has changed. In the model card, the directory's own
-    repository is replaced by `repo_id`.
+    sends only what the Hub lacks, and makes no commit if nothing has changed. In the model card, the repository that it
+    was written for is replaced by `repo_id`.
 
     Args:
         folder: Checkpoint directory.
@@ -86,8 +96,7 @@ def publish(
     from huggingface_hub.utils import validate_repo_id
 
     folder = Path(folder)
-    staged_id = f'{HUB_OWNER}/{folder.resolve().name}'
-    repo_id = repo_id or staged_id
+    repo_id = repo_id or f'{HUB_OWNER}/{folder.resolve().name}'
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -96,7 +105,7 @@ def publish(
         raise ValueError(f'--repo-id {repo_id!r} has no owner; give OWNER/NAME')
     validate_checkpoint(folder)
     contents = {name: (folder / name).read_bytes() for name in FILES}
-    contents['README.md'] = contents['README.md'].replace(staged_id.encode(), repo_id.encode())
+    contents['README.md'] = _readdressed(contents['README.md'].decode(), repo_id).encode()
     if dry_run:
         files = '\n'.join(f'  {name}  {len(content):,} bytes' for name, content in contents.items())
         return f'would publish to the {"private" if private else "public"} repository {repo_id}:\n{files}'
