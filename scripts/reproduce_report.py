@@ -159,7 +159,11 @@ class Report:
             title = 'Accuracy and loss per epoch, first seed'
             parts.append(self.picture(curves(drawn), 'curves', f'{experiment.name}-curves', title))
         if experiment.against and results:
-            every = [Curve(Path(r['run']), r['curve'], r) for found in results.values() for r in found.values()]
+            every = [
+                Curve(Path(r['run'], str(r['seed'])), r['curve'], r)
+                for found in results.values()
+                for r in found.values()
+            ]
             swept = sweep(every, experiment.against)
             title = f'Error against {experiment.against}'
             parts += [swept.tables['sweep'].markdown(), self.picture(swept, 'sweep', f'{experiment.name}-sweep', title)]

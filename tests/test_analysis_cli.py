@@ -116,14 +116,57 @@ def test_report_of_a_run(tmp_path):
     assert all(f'>{heading}</h2>' in page for heading in ('Model', 'Run', 'Curves', 'Weights', 'Extremes'))
     assert page.count('src="data:image/') == 4
     assert main(['report', 'adaresnet14_cifar', '--out', str(out)]) == 0
+    other = run_folder(tmp_path / 'other', make_net(seed=1), 'awm_resnet14_cifar') / 'last.safetensors'
+    assert main(['report', str(run), '--checkpoint', str(other), '--out', str(out)]) == 0
+    page = out.read_text()
+    assert not any(f'>{heading}</h2>' in page for heading in ('Run', 'Recipe', 'Curves'))
+    assert f'with the weights of {other}' in page
+
+
+def test_weights_say_of_themselves_what_they_are_of(folder, tmp_path, capsys):
+    run = run_folder(tmp_path / 'run', make_net(seed=1), 'awm_resnet14_cifar')
+    assert main(['eval', str(run), '--data', 'digits']) == 0
+    measured = json.loads(capsys.readouterr().out)
+    weights = str(run / 'last.safetensors')
+    for named in ('awm_resnet14_cifar', 'awm_resnet14_cifar.cifar10', str(folder)):
+        assert main(['eval', named, '--checkpoint', weights, '--data', 'digits']) == 0
+        assert json.loads(capsys.readouterr().out) == measured
+    assert main(['eval', 'awm_resnet20_cifar', '--checkpoint', weights, '--data', 'digits']) == 1
+    assert 'last.safetensors is of awm_resnet14_cifar, not of awm_resnet20_cifar' in capsys.readouterr().err
+
+
+def test_curves_of_a_training_of_several_seeds(tmp_path, capsys):
+    for seed in (0, 1):
+        (tmp_path / 'all').mkdir(exist_ok=True)
+        run_folder(tmp_path / 'all' / f'seed{seed}', make_net(), 'awm_resnet14_cifar')
+    assert main(['curves', str(tmp_path / 'all')]) == 0
+    assert capsys.readouterr().out.count('awm_resnet14_cifar') == 2
+    assert main(['curves', str(tmp_path / 'all'), '--against', 'recipe.lr']) == 0
+    assert 'differ' not in capsys.readouterr().out
+    changed = {'model': 'awm_resnet14_cifar', 'recipe': {'lr': 0.1, 'epochs': 7}}
+    (tmp_path / 'all' / 'seed1' / 'result.json').write_text(json.dumps(changed))
+    assert main(['curves', str(tmp_path / 'all'), '--against', 'recipe.lr']) == 0
+    assert 'beside the seed, in: epochs' in capsys.readouterr().out
+
+
+def test_a_class_may_be_called_anything(folder, tmp_path):
+    arguments = npz(tmp_path, np.zeros((20, 8, 8), np.uint8))
+    images = np.load(tmp_path / 'own_test.npz')
+    names = ['$a_{$', *'123456789']
+    np.savez(tmp_path / 'own_test.npz', images=images['images'], labels=images['labels'], classes=names)
+    out = str(tmp_path / 'out')
+    assert main(['inspect', str(folder), *arguments, '--per-class', '--out', out]) == 0
+    assert main(['extremes', str(folder), *arguments, '--count', '2', '--out', out]) == 0
 
 
 def test_images_from_npz_and_folders(folder, tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
     labels = np.arange(20) % 10
     np.savez(tmp_path / 'own_test.npz', images=images, labels=labels)
+    (tmp_path / 'train').mkdir()
+    Image.fromarray(images[0]).save(tmp_path / 'train' / 'not of the test.png')
     for label, image in zip(labels, images):
-        path = tmp_path / 'validation' / str(label)
+        path = tmp_path / 'test' / str(label)
         path.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path / f'{len(list(path.iterdir()))}.png')
     means = []
@@ -172,6 +215,7 @@ def half_an_npz(path):
         (lambda f, t: ['variance', '--group', 'a', f, f], 'an AWM net'),
         (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),
         (lambda f, t: ['curves', f], 'neither log.jsonl nor summary.csv'),
+        (lambda f, t: ['extremes', f, '--data', 'digits', '--device', 'abacus'], "device 'abacus' is not to be had"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(folder, tmp_path, capsys, arguments, message):

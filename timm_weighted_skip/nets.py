@@ -2,16 +2,16 @@
 
 import json
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any, Optional, Union
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import get_pretrained_cfg_value, load_state_dict
+from timm.models import get_pretrained_cfg_value, load_state_dict, parse_model_name, split_model_name_tag
 from torch import nn
 
 from timm_weighted_skip.models.names import check_model_name
@@ -128,7 +128,7 @@ class NamedNet:
                 net.load_state_dict(state)
         except (RuntimeError, TypeError, LookupError, AttributeError, UnpicklingError) as error:
             # torch lists every parameter that does not fit, after a line that names the class.
-            reason = ' '.join(line.strip() for line in str(error).splitlines()[:2])
+            reason = shorten(' '.join(str(error).splitlines()[:2]), 300)
             raise ValueError(
                 f'the weights of {self.weights or self.name} do not fit {self.name}: {reason}; '
                 'give the arguments that it was trained with, such as --model-kwargs num_classes=100'
@@ -149,11 +149,21 @@ def find_net(source: str, checkpoint: Optional[Union[str, Path]] = None) -> Name
     if not checkpoint.is_file():
         raise FileNotFoundError(f'no file {str(checkpoint)!r} to load weights from')
     found = _find(source)
-    with suppress(ValueError):  # another trainer's checkpoints say nothing of themselves
+    try:
         trained = Trained.read(checkpoint)
-        if trained.model == found.name:
-            return NamedNet(trained.model, trained.arguments(), checkpoint)
-    return replace(found, weights=checkpoint)
+    except ValueError:  # another trainer's checkpoints say nothing of themselves
+        return replace(found, weights=checkpoint)
+    if _architecture(found.name) not in (trained.model, None):
+        raise ValueError(f'{checkpoint} is of {trained.model}, not of {source}; name {trained.model} with it')
+    return NamedNet(trained.model, trained.arguments(), checkpoint)
+
+
+def _architecture(name: str) -> Optional[str]:
+    """The registered model of a net's name; None if only the Hub knows it."""
+    where, model_id = parse_model_name(name)
+    if where == 'local-dir':
+        return json.loads((Path(model_id) / 'config.json').read_text(encoding='utf-8')).get('architecture')
+    return None if where else split_model_name_tag(model_id)[0]
 
 
 def _find(source: str) -> NamedNet:

@@ -20,6 +20,7 @@ from timm_weighted_skip.analysis.units import gates, mapping_units
 from timm_weighted_skip.analysis.variance import group_variance
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.nets import load_net
+from timm_weighted_skip.train.trainer import check_device
 
 __all__ = [
     'curve_result',
@@ -40,7 +41,7 @@ def _read(
     args: argparse.Namespace, model: str, checkpoint: Optional[str]
 ) -> tuple[nn.Module, LabelledImages, Collected]:
     """The net, the test images and what the net's gates make of them."""
-    net = load_net(model, checkpoint, args.model_kwargs).to(args.device)
+    net = load_net(model, checkpoint, args.model_kwargs).to(check_device(args.device))
     mapping_units(net)  # says what is wrong with the net before the data is looked at
     images = _images(args, net)
     return net, images, collect(net, images.loader(args.batch_size, args.workers))
@@ -91,16 +92,21 @@ def extremes_result(args: argparse.Namespace) -> Result:
 def discriminate_result(args: argparse.Namespace) -> Result:
     """How well weights tell classes, against pixels, features and random gates."""
     require('sklearn')
-    net = load_net(args.model, args.checkpoint, args.model_kwargs).to(args.device)
+    net = load_net(args.model, args.checkpoint, args.model_kwargs).to(check_device(args.device))
     mapping_units(net)
     loaders = [_images(args, net, split).loader(args.batch_size, args.workers) for split in ('train', 'validation')]
     train, test = (collect(net, loader, controls=True, seed=args.seed) for loader in loaders)
     return discriminate(train, test, args.dims, args.pca_variance, args.max_rank, args.seed)
 
 
+def _of_seeds(folder: Path) -> list[Path]:
+    """The runs of a training of several seeds; another folder itself."""
+    return sorted(log.parent for log in folder.glob('seed*/log.jsonl')) or [folder]
+
+
 def curve_result(args: argparse.Namespace) -> Result:
     """Curves of runs or, with `against`, what they end at."""
-    runs = [read_run(folder) for folder in args.runs]
+    runs = [read_run(folder) for named in args.runs for folder in _of_seeds(Path(named))]
     return sweep(runs, args.against) if args.against else curves(runs, args.error)
 
 
@@ -109,7 +115,9 @@ def write_report(args: argparse.Namespace) -> Path:
     require('jinja2', 'matplotlib')
     sections: dict[str, Result] = {}
     folder = Path(args.model)
-    logged = any((folder / name).is_file() for name in ('log.jsonl', 'summary.csv'))
+    # What the folder logged is not of other weights, nor of a net with other arguments.
+    as_it_is = not args.checkpoint and not args.model_kwargs
+    logged = as_it_is and any((folder / name).is_file() for name in ('log.jsonl', 'summary.csv'))
     if args.data is None:
         net = load_net(args.model, args.checkpoint, args.model_kwargs)
         weights = _table([net])
@@ -129,6 +137,7 @@ def write_report(args: argparse.Namespace) -> Path:
         sections['Extremes'] = extreme_images(collected, images.classes, images.picture)
     out = Path(args.out)
     name = folder.resolve().name if folder.exists() else args.model
+    name += f' with the weights of {args.checkpoint}' if args.checkpoint else ''
     write_file(out, html_report(f'{name}: weights of the mapping units', sections))
     return out
 

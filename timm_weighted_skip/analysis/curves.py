@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
 
-from timm_weighted_skip.analysis.figures import colour, new_figure, styled
+from timm_weighted_skip.analysis.figures import colour, literal, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ def curves(runs: Sequence[Run], error: bool = False) -> Result:
 
 
 def sweep(runs: Sequence[Run], against: str) -> Result:
-    """Last-epoch error of finished runs, mean and standard deviation (ddof 1) over those that differ in the seed alone.
+    """Last-epoch error of finished runs, mean and standard deviation (ddof 1) over those of one model and value.
+
+    They are to differ in the seed alone; in what else they do is said.
 
     Args:
         runs: Finished runs.
@@ -121,10 +123,13 @@ def sweep(runs: Sequence[Run], against: str) -> Result:
             the model's name.
 
     Raises:
-        ValueError: A run has no result, no such field, a value that is no number, or no test accuracy.
+        ValueError: A run has no result, no such field, a value that is no number, or no test accuracy; or a run is
+            given twice.
     """
     x: Any
-    cells: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    cells: dict[tuple[str, float], list[Run]] = {}
+    if len({run.folder for run in runs}) < len(runs):
+        raise ValueError('a run is given twice; give each once')
     for run in runs:
         model = series = _field(run, 'model')
         if against == 'depth':
@@ -132,22 +137,39 @@ def sweep(runs: Sequence[Run], against: str) -> Result:
             series, x = re.sub(r'\d+', '', model), number and number[0]
         else:
             x = _field(run, against)
-        last, best = run.test_top1()
         try:
             key = series, float(x)
         except (TypeError, ValueError):
             raise ValueError(f'run {run.folder}: {against} is {x!r}; it must be a number') from None
-        if last is None or best is None:
-            raise ValueError(f'run {run.folder} has no test accuracy in its log')
-        cells.setdefault(key, []).append((100 - last, 100 - best))
+        cells.setdefault(key, []).append(run)
     rows: list[list[Any]] = []
-    for (series, value), errors in sorted(cells.items()):
-        last_errors, best_errors = zip(*errors)
-        deviation = float(np.std(last_errors, ddof=1)) if len(errors) > 1 else None
+    differing: set[str] = set()
+    for (series, value), members in sorted(cells.items()):
+        differing |= _differing(members)
+        last_errors, best_errors = zip(*map(_errors, members))
+        deviation = float(np.std(last_errors, ddof=1)) if len(members) > 1 else None
         x = int(value) if value.is_integer() else value
-        rows.append([series, x, len(errors), float(np.mean(last_errors)), deviation, float(np.mean(best_errors))])
+        rows.append([series, x, len(members), float(np.mean(last_errors)), deviation, float(np.mean(best_errors))])
     columns = ['model', against, 'runs', 'last error (%)', 'deviation', 'best error (%)']
-    return Result({'runs': len(runs)}, {'sweep': Table(columns, rows)}, {'sweep': lambda: _draw_sweep(rows, against)})
+    about: dict[str, Any] = {'runs': len(runs)}
+    if differing:
+        about['runs of one point differ, beside the seed, in'] = ', '.join(sorted(differing))
+    return Result(about, {'sweep': Table(columns, rows)}, {'sweep': lambda: _draw_sweep(rows, against)})
+
+
+def _errors(run: Run) -> tuple[float, float]:
+    """Error of the last epoch that was tested, and of the best."""
+    last, best = run.test_top1()
+    if last is None or best is None:
+        raise ValueError(f'run {run.folder} has no test accuracy in its log')
+    return 100 - last, 100 - best
+
+
+def _differing(runs: Sequence[Run]) -> set[str]:
+    """In what the data and the recipes of runs differ, beside the seed."""
+    asked = [{'data': run.result.get('data'), **(run.result.get('recipe') or {})} for run in runs]
+    names = {name for values in asked for name in values} - {'seed'}
+    return {name for name in names if any(values.get(name) != asked[0].get(name) for values in asked)}
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -187,7 +209,7 @@ def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Fig
             for part in ('train', 'eval'):
                 values = run.values(f'{part}_{kind}')
                 values = 100 - values if error and kind == 'top1' else values
-                look = dict(linewidth=1.4, label=name) if part == 'eval' else dict(linewidth=0.7, alpha=0.6)
+                look = dict(linewidth=1.4, label=literal(name)) if part == 'eval' else dict(linewidth=0.7, alpha=0.6)
                 axes.plot(epoch, values, style, color=hue, marker=marker, **look)
     for axes in (top, bottom):
         _shade(axes, runs)
@@ -206,7 +228,7 @@ def _draw_sweep(rows: Sequence[Sequence[Any]], against: str) -> 'Figure':
         hue, style = colour(index)
         x, error, deviation = zip(*[(row[1], row[3], row[4] or 0.0) for row in rows if row[0] == series])
         axes.errorbar(
-            x, error, deviation, color=hue, linestyle=style, marker='os^D'[index % 4], capsize=2, label=series
+            x, error, deviation, color=hue, linestyle=style, marker='os^D'[index % 4], capsize=2, label=literal(series)
         )
     field = against.rsplit('.', 1)[-1]
     axes.set_xlabel({'depth': 'depth (layers)', 'alternate_freeze': 'period t (epochs)'}.get(field, field))

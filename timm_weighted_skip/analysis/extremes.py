@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from timm_weighted_skip.analysis.collect import Collected
-from timm_weighted_skip.analysis.figures import COLUMN, new_figure, styled
+from timm_weighted_skip.analysis.figures import COLUMN, literal, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -72,5 +72,5 @@ def _draw(sheet: dict[str, list[tuple[Image.Image, str, float]]], columns: int =
             if entry is not None:
                 image, name, value = entry
                 axes.imshow(image, cmap='gray' if image.mode == 'L' else None, interpolation='none')
-                axes.set_xlabel(f'{name}\n{value:.3f}', fontsize=7)
+                axes.set_xlabel(f'{literal(name)}\n{value:.3f}', fontsize=7)
     return figure

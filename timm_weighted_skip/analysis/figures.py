@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['COLUMN', 'colour', 'label_units', 'new_figure', 'render', 'styled']
+__all__ = ['COLUMN', 'colour', 'label_units', 'literal', 'new_figure', 'render', 'styled']
 
 COLUMN = 3.5  # inches: 89 mm, a column of a two-column page
 
@@ -66,6 +66,11 @@ def new_figure(width: float = COLUMN, height: float = 2.4) -> 'Figure':
 def colour(index: int) -> tuple[str, str]:
     """Colour and line style of curve number `index`; the style changes when the colours begin again."""
     return COLOURS[index % len(COLOURS)], ('-', '--', ':', '-.')[index // len(COLOURS) % 4]
+
+
+def literal(text: str) -> str:
+    """`text` for a figure as it is, dollars included, between which matplotlib reads mathematics."""
+    return text.replace('$', r'\$')
 
 
 def label_units(axes: 'Axes', units: Sequence[str], names: bool = True) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from timm_weighted_skip.analysis.collect import Collected
-from timm_weighted_skip.analysis.figures import colour, label_units, new_figure, styled
+from timm_weighted_skip.analysis.figures import colour, label_units, literal, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 from timm_weighted_skip.analysis.units import MappingUnit, mapping_units
 
@@ -148,7 +148,7 @@ def _draw_classes(means: np.ndarray, classes: Sequence[str], units: Sequence[str
     extent = (0.5, len(units) + 0.5, len(classes) - 0.5, -0.5)
     image = axes.imshow(means, cmap='PuOr', vmin=-limit, vmax=limit, aspect='auto', extent=extent, interpolation='none')
     label_units(axes, units)
-    axes.set_yticks(range(len(classes)), classes, fontsize=7 if len(classes) <= 20 else 4)
+    axes.set_yticks(range(len(classes)), map(literal, classes), fontsize=7 if len(classes) <= 20 else 4)
     axes.set_xlabel('mapping unit (number)')
     axes.set_ylabel('class')
     bar = figure.colorbar(image, ax=axes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from timm_weighted_skip.analysis.figures import colour, label_units, new_figure, styled
+from timm_weighted_skip.analysis.figures import colour, label_units, literal, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -61,9 +61,8 @@ def _draw(sizes: Mapping[str, np.ndarray], units: Sequence[str]) -> 'Figure':
     for index, (name, w) in enumerate(sizes.items()):
         hue, style = colour(index)
         axes.fill_between(number, w.min(1), w.max(1), color=hue, alpha=0.2, linewidth=0)
-        axes.plot(
-            number, w.mean(1), style, color=hue, marker='o', label=f'{name}: mean and range of {w.shape[1]} rounds'
-        )
+        label = f'{literal(name)}: mean and range of {w.shape[1]} rounds'
+        axes.plot(number, w.mean(1), style, color=hue, marker='o', label=label)
     label_units(axes, units)
     axes.set_ylim(bottom=0)
     axes.set_xlabel('mapping unit (number)')

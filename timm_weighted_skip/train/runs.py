@@ -6,6 +6,7 @@ test accuracy (which a paper should not report); their metadata names the net. W
 
 import argparse
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -363,7 +364,7 @@ def evaluate_on(
         amp: bfloat16 autocast.
 
     Raises:
-        ValueError: The net is of another number of classes or channels.
+        ValueError: The net is of another number of classes or channels, or its loss is not finite.
     """
     check_device(device)
     check_count('batch_size', batch_size)
@@ -378,4 +379,7 @@ def evaluate_on(
         )
     batches = Batches(data, batch_size, config['mean'], config['std'], device, channels_last=True)
     net = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return {'images': len(data.labels), **evaluate(net, batches, amp)}
+    measured = evaluate(net, batches, amp)
+    if not math.isfinite(measured['loss']):
+        raise ValueError(f'the loss is {measured["loss"]}: the weights hold or lead to numbers that are not finite')
+    return {'images': len(data.labels), **measured}
