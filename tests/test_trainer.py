@@ -344,6 +344,11 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path, capsys):
         path.write_bytes(whole[: len(whole) // 2])
         refused('is not a whole')
         path.write_bytes(whole)
+    log = folder / 'log.jsonl'
+    log.write_text(log.read_text()[:-9])
+    refused(f'{log} is damaged')
+    assert main(['train', '--resume', str(folder), '--epochs', '9']) == 1
+    assert 'give no --epochs' in capsys.readouterr().err
     args = (folder / 'args.yaml').read_text()
     (folder / 'args.yaml').write_text(args.replace('awm_resnet14_cifar', 'awm_resnet20_cifar'))
     refused('awm_resnet20_cifar')
@@ -384,6 +389,7 @@ def poison_after(evaluate):
         (['--data', 'cifar10'], '--data-dir'),
         (['--lr', 'nan'], 'lr=nan'),
         (['--device', 'abacus'], "device 'abacus'"),
+        (['--seeds', '1', '0', '--seed', '3'], '--seed 3 with --seeds'),
         (['--seeds', '1', '0', '1'], '--seeds has 1 more than once'),
         (['--grad-accum-steps', '99'], 'more than an epoch of 22 batches'),
     ],

@@ -283,7 +283,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_train(verbs) -> None:
     """`train`: a net on an image set that fits in memory."""
-    from timm_weighted_skip.train.recipe import add_recipe_arguments, list_recipes
+    from dataclasses import fields
+
+    from timm_weighted_skip.train.recipe import Recipe, add_recipe_arguments, list_recipes
 
     parser = verbs.add_parser(
         'train',
@@ -306,6 +308,9 @@ def add_train(verbs) -> None:
         from timm_weighted_skip.train.runs import describe, read_run, run_seeds, task_of
 
         if args.resume:
+            given = [option.name for option in fields(Recipe) if hasattr(args, option.name)]
+            if given:
+                raise ValueError(f'--resume goes on as the run was started; give no --{given[0].replace("_", "-")}')
             folder = Path(args.resume)
             task, seeds = read_run(folder)
         else:

@@ -12,7 +12,7 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -80,6 +80,8 @@ def task_of(args: argparse.Namespace) -> tuple[Run, list[int], Path]:
     given = {option.name: getattr(args, option.name) for option in fields(Recipe) if hasattr(args, option.name)}
     recipe = load_recipe(args.recipe, **given)
     name = Path(args.recipe).stem if args.recipe else None
+    if args.seeds and 'seed' in given:
+        raise ValueError(f'--seed {given["seed"]} with --seeds; give one of them')
     repeated = {seed for seed in args.seeds or () if args.seeds.count(seed) > 1}
     if repeated:
         raise ValueError(f'--seeds has {", ".join(map(str, repeated))} more than once; give each seed once')
@@ -171,7 +173,8 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
         KeyboardInterrupt: The run was stopped; its state is saved.
     """
     if (folder / RESULT).exists():
-        return json.loads((folder / RESULT).read_text())
+        (result,) = _json_of(folder / RESULT, [(folder / RESULT).read_text()])
+        return result
     recipe = task.recipe
     train = load_image_set(task.data, True, task.data_dir, task.download)
     test = load_image_set(task.data, False, task.data_dir, task.download)
@@ -284,10 +287,18 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
         ) from None
     book.update(state['book'])
     if (folder / LOG).exists():
-        lines = map(json.loads, (folder / LOG).read_text().splitlines())
+        lines = _json_of(folder / LOG, (folder / LOG).read_text().splitlines())
         book['log'] = [line for line in lines if line['epoch'] < trainer.position.epoch]
     _link(folder, trainer, book)  # which a kill may have forestalled
     return book
+
+
+def _json_of(file: Path, texts: Sequence[str]) -> list[Any]:
+    """What the texts of a run's file say."""
+    try:
+        return [json.loads(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f'{file} is damaged: {error}') from None
 
 
 def command_of(task: Run) -> str:
