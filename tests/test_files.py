@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,13 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         write_file(path, 'new')
     assert path.read_text() == 'old'
     assert [file.name for file in path.parent.iterdir()] == ['table.csv']
+
+
+def test_a_folder_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, Path('.')):
+        with pytest.raises(IsADirectoryError, match='is a folder; give the name of a file'):
+            write_file(folder, 'x')
 
 
 def test_two_that_write_one_file_do_not_meet(tmp_path):

@@ -17,8 +17,10 @@ def replacing(path: Path) -> Iterator[Path]:
     Its name is its own: of two processes that write one file, each writes it as a whole.
 
     Raises:
-        OSError: It could not be written; what was there still is.
+        OSError: It could not be written, or is a folder; what was there still is.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder; give the name of a file')
     part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
