@@ -141,7 +141,7 @@ def add_discriminate(verbs) -> None:
 def add_curves(verbs) -> None:
     """`curves`: accuracy and loss of several runs."""
     parser = verbs.add_parser('curves', help='accuracy and loss of several runs, or what a sweep ends at')
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder with log.jsonl or summary.csv, or of several seeds')
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='folder with log.jsonl or summary.csv, or of its seeds')
     parser.add_argument('--error', action='store_true', help='error instead of accuracy')
     parser.add_argument('--against', metavar='FIELD',
                         help="last error against a field of result.json, such as recipe.lr, or 'depth'")  # fmt: skip
