@@ -380,6 +380,8 @@ def poison_after(evaluate):
         (['--alternate-freeze', '-1'], 'alternate_freeze=-1'),
         (['--model', 'resnet14_cifar'], 'no gates'),
         (['--model', 'awm_resnet15_cifar'], 'awm_resnet15_cifar'),
+        (['--model', 'awm_resnet18'], "model 'awm_resnet18': input of 8x8 pixels is too small"),
+        (['--model', 'vit_tiny_patch16_224'], "doesn't match model (224)"),
         (['--model-kwargs', 'num_classes=3'], 'num_classes of the data is 10'),
         (['--opt', 'sdg'], "optimizer 'sdg'"),
         (['--sched', 'sawtooth'], 'sawtooth'),

@@ -55,7 +55,7 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
     """timm's net of that name for the images and classes of `data`.
 
     Raises:
-        ValueError: timm can't make it.
+        ValueError: timm can't make it, or it can't take images of that size.
     """
     check_model_name(model)
     shape: dict[str, Any] = {'num_classes': len(data.classes), 'in_chans': data.images.shape[3]}
@@ -63,9 +63,12 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
         if model_kwargs.pop(name, value) != value:
             raise ValueError(f'{name} of the data is {value}; do not give another')
     try:
-        return timm.create_model(model, pretrained=pretrained, **shape, **model_kwargs)
-    except (RuntimeError, TypeError) as error:
+        net = timm.create_model(model, pretrained=pretrained, **shape, **model_kwargs)
+        with torch.inference_mode():
+            net.eval()(torch.zeros(1, *data.images.shape[1:]).permute(0, 3, 1, 2))
+    except (AssertionError, RuntimeError, TypeError) as error:  # nets of a fixed or a smallest image size assert
         raise ValueError(f'model {model!r}: {error}') from None
+    return net.train()
 
 
 def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
