@@ -149,6 +149,19 @@ def test_curves_of_a_training_of_several_seeds(tmp_path, capsys):
     assert 'beside the seed, in: epochs' in capsys.readouterr().out
 
 
+def test_curves_leave_out_runs_without_an_epoch(tmp_path, capsys):
+    run = run_folder(tmp_path / 'run', make_net(), 'awm_resnet14_cifar')
+    begun = tmp_path / 'begun'
+    begun.mkdir()
+    (begun / 'args.yaml').write_text('model: awm_resnet14_cifar')
+    assert main(['curves', str(run), str(begun)]) == 0
+    output = capsys.readouterr().out
+    assert f'before their first epoch: {begun}' in output
+    assert output.count('awm_resnet14_cifar') == 1
+    assert main(['curves', str(begun)]) == 1
+    assert f'{begun} has neither log.jsonl nor summary.csv' in capsys.readouterr().err
+
+
 def test_a_class_may_be_called_anything(folder, tmp_path):
     arguments = npz(tmp_path, np.zeros((20, 8, 8), np.uint8))
     images = np.load(tmp_path / 'own_test.npz')

@@ -31,6 +31,8 @@ __all__ = [
     'write_report',
 ]
 
+_LOGS = 'log.jsonl', 'summary.csv'
+
 
 def _images(args: argparse.Namespace, net: nn.Module, split: str = 'validation') -> LabelledImages:
     overrides = {name: getattr(args, name) for name in ('input_size', 'mean', 'std')}
@@ -105,9 +107,18 @@ def _of_seeds(folder: Path) -> list[Path]:
 
 
 def curve_result(args: argparse.Namespace) -> Result:
-    """Curves of runs or, with `against`, what they end at."""
-    runs = [read_run(folder) for named in args.runs for folder in _of_seeds(Path(named))]
-    return sweep(runs, args.against) if args.against else curves(runs, args.error)
+    """Curves of runs or, with `against`, what they end at; of several, those without an epoch are left out."""
+    folders = [folder for named in args.runs for folder in _of_seeds(Path(named))]
+    begun = [folder for folder in folders if not _is_before_its_first_epoch(folder)]
+    runs = [read_run(folder) for folder in begun or folders]
+    result = sweep(runs, args.against) if args.against else curves(runs, args.error)
+    if len(runs) < len(folders):
+        result.about['left out, before their first epoch'] = ', '.join(str(f) for f in folders if f not in begun)
+    return result
+
+
+def _is_before_its_first_epoch(folder: Path) -> bool:
+    return (folder / 'args.yaml').is_file() and not any((folder / log).is_file() for log in _LOGS)
 
 
 def write_report(args: argparse.Namespace) -> Path:
@@ -117,7 +128,7 @@ def write_report(args: argparse.Namespace) -> Path:
     folder = Path(args.model)
     # What the folder logged is not of other weights, nor of a net with other arguments.
     as_it_is = not args.checkpoint and not args.model_kwargs
-    logged = as_it_is and any((folder / name).is_file() for name in ('log.jsonl', 'summary.csv'))
+    logged = as_it_is and any((folder / log).is_file() for log in _LOGS)
     if args.data is None:
         net = load_net(args.model, args.checkpoint, args.model_kwargs)
         weights = _table([net])
