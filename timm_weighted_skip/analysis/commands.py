@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from timm_weighted_skip.analysis.collect import Collected, collect
-from timm_weighted_skip.analysis.curves import curves, read_run, sweep
+from timm_weighted_skip.analysis.curves import curves, has_log, read_run, sweep
 from timm_weighted_skip.analysis.data import LabelledImages, load_images
 from timm_weighted_skip.analysis.discriminate import discriminate
 from timm_weighted_skip.analysis.extremes import extreme_images
@@ -30,8 +30,6 @@ __all__ = [
     'variance_result',
     'write_report',
 ]
-
-_LOGS = 'log.jsonl', 'summary.csv'
 
 
 def _images(args: argparse.Namespace, net: nn.Module, split: str = 'validation') -> LabelledImages:
@@ -109,16 +107,12 @@ def _of_seeds(folder: Path) -> list[Path]:
 def curve_result(args: argparse.Namespace) -> Result:
     """Curves of runs or, with `against`, what they end at; of several, those without an epoch are left out."""
     folders = [folder for named in args.runs for folder in _of_seeds(Path(named))]
-    begun = [folder for folder in folders if not _is_before_its_first_epoch(folder)]
-    runs = [read_run(folder) for folder in begun or folders]
+    early = [folder for folder in folders if (folder / 'args.yaml').is_file() and not has_log(folder)]
+    runs = [read_run(folder) for folder in folders if folder not in early or early == folders]
     result = sweep(runs, args.against) if args.against else curves(runs, args.error)
-    if len(runs) < len(folders):
-        result.about['left out, before their first epoch'] = ', '.join(str(f) for f in folders if f not in begun)
+    if early:
+        result.about['left out, before their first epoch'] = ', '.join(map(str, early))
     return result
-
-
-def _is_before_its_first_epoch(folder: Path) -> bool:
-    return (folder / 'args.yaml').is_file() and not any((folder / log).is_file() for log in _LOGS)
 
 
 def write_report(args: argparse.Namespace) -> Path:
@@ -128,7 +122,7 @@ def write_report(args: argparse.Namespace) -> Path:
     folder = Path(args.model)
     # What the folder logged is not of other weights, nor of a net with other arguments.
     as_it_is = not args.checkpoint and not args.model_kwargs
-    logged = as_it_is and any((folder / log).is_file() for log in _LOGS)
+    logged = as_it_is and has_log(folder)
     if args.data is None:
         net = load_net(args.model, args.checkpoint, args.model_kwargs)
         weights = _table([net])

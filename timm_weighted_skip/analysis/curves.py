@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['Run', 'curves', 'read_run', 'sweep']
+__all__ = ['Run', 'curves', 'has_log', 'read_run', 'sweep']
 
 _CURVES = ('train_loss', 'train_top1', 'eval_loss', 'eval_top1', 'lr')
 _NAMES = {'loss': 'train_loss', 'top1': 'train_top1', 'test_loss': 'eval_loss', 'test_top1': 'eval_top1'}
@@ -62,6 +62,11 @@ class Run:
                 first = spans.pop()[0] if goes_on else entry['epoch']
                 spans.append((first, entry['epoch']))
         return spans
+
+
+def has_log(folder: Path) -> bool:
+    """Whether `read_run` finds a log in `folder`."""
+    return (folder / 'log.jsonl').is_file() or (folder / 'summary.csv').is_file()
 
 
 def read_run(folder: Union[str, Path]) -> Run:
