@@ -66,14 +66,14 @@ def test_a_fresh_net_learns_one_batch(name):
     model = timm.create_model(name, num_classes=4)
     x, y = images(model, n=8, size=32), torch.arange(8) % 4
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    losses = []
     for _ in range(20):
         loss = F.cross_entropy(model(x), y)
+        if loss < math.log(4) - 0.02:
+            return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert min(losses) < math.log(4) - 0.02
+    pytest.fail(f'the loss is still {loss:.3f}')
 
 
 @pytest.mark.parametrize('skip_init', [0.0, 'normal'])
