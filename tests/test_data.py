@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset
@@ -9,6 +10,8 @@ from torchvision.transforms import functional as tv
 
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.train.batches import Batches
+from timm_weighted_skip.train.recipe import Recipe
+from timm_weighted_skip.train.trainer import normalisation
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -17,6 +20,23 @@ def image_set(count=20, size=8, channels=3, classes=4):
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(256, size=(count, size, size, channels), dtype=np.uint8))
     return ImageSet(images, torch.arange(count) % classes, tuple('abcd'[:classes]))
+
+
+def test_pixel_statistics_are_the_recipes_else_the_nets_else_the_images():
+    net = timm.create_model('resnet14_cifar')
+    colour, grey = image_set(), image_set(channels=1)
+    assert normalisation(Recipe(), net, colour) == (net.pretrained_cfg['mean'], net.pretrained_cfg['std'])
+    pixels = grey.images.numpy() / 255
+    assert normalisation(Recipe(), net, grey) == (
+        pytest.approx((pixels.mean(),)),
+        pytest.approx((pixels.std(),), rel=1e-3),
+    )
+    assert normalisation(Recipe(mean=[0.0], std=[1.0]), net, grey) == ((0.0,), (1.0,))
+    assert normalisation(Recipe(mean=[0.0], std=[1.0]), net, colour) == ((0.0,) * 3, (1.0,) * 3)
+    of_channels = [0.1, 0.2, 0.3]
+    assert normalisation(Recipe(mean=of_channels), net, colour) == (tuple(of_channels), net.pretrained_cfg['std'])
+    mean, std = normalisation(Recipe(mean=[0.0]), net, grey)
+    assert (mean, std) == ((0.0,), pytest.approx((pixels.std(),), rel=1e-3))
 
 
 def by_torchvision(image, padding, top, left, flip):

@@ -72,14 +72,18 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
 
 
 def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and deviation: the recipe's, else the net's, else (of other channels) those of the images."""
+    """Per-channel mean and deviation: the recipe's, else the net's, else (of other channels) those of the images.
+
+    A single number of the recipe's is that of every channel, as in timm.
+    """
     channels = data.images.shape[3]
     config: Any = net.pretrained_cfg
-    mean, std = recipe.mean or config['mean'], recipe.std or config['std']
-    if len(mean) != channels and not recipe.mean:
+    mean, std = config['mean'], config['std']
+    if len(mean) != channels:
         pixels = data.images.double() / 255
         mean, std = pixels.mean((0, 1, 2)).tolist(), pixels.std((0, 1, 2)).tolist()
-    return tuple(mean), tuple(std)
+    mean, std = recipe.mean or mean, recipe.std or std
+    return tuple(mean * channels if len(mean) == 1 else mean), tuple(std * channels if len(std) == 1 else std)
 
 
 @torch.inference_mode()
