@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from reproduce_manifest import Job, Manifest, read_manifest
@@ -27,8 +27,11 @@ from tqdm import tqdm
 from timm_weighted_skip.analysis.curves import read_run
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.files import write_file
+from timm_weighted_skip.train.runs import alone_in
+from timm_weighted_skip.train.runs import read_run as read_task
 
-MANIFEST = Path(__file__).parent / 'reproduce' / 'manifest.yaml'
+ROOT = Path(__file__).resolve().parent.parent
+MANIFEST = ROOT / 'scripts' / 'reproduce' / 'manifest.yaml'
 
 
 def write_result(manifest: Manifest, job: Job, folder: Path) -> str:
@@ -65,12 +68,29 @@ class Process:
         return output[-1] if output else 'no output'
 
 
+def busy(folder: Path) -> bool:
+    """Whether a process trains there: that of another runner, or of one that was killed."""
+    if not folder.exists():
+        return False
+    try:
+        with alone_in(folder):
+            return False
+    except ValueError:
+        return True
+
+
 def start(job: Job, runs: Path, args: argparse.Namespace, threads: int) -> Process:
-    """Begin a job, or go on with it."""
+    """Begin a job, or go on with it.
+
+    Raises:
+        ValueError: Its folder is of another training.
+    """
     folder = runs / job.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, '-m', 'timm_weighted_skip.cli', 'train']
-    if (folder / 'args.yaml').exists():
+    # Without a checkpoint there is nothing to go on with: it was refused, as for want of the data, or stopped at once.
+    if any(folder.glob('checkpoint-*')):
+        job.check(asdict(read_task(folder)[0]), folder)
         command += ['--resume', str(folder)]
     else:
         command += [*job.run.arguments(), '--seed', str(job.seed), '--device', args.device]
@@ -91,12 +111,12 @@ def start(job: Job, runs: Path, args: argparse.Namespace, threads: int) -> Proce
 
 def train(manifest: Manifest, args: argparse.Namespace) -> int:
     """Work off what is not finished; returns the exit status."""
-    jobs = [job for job in manifest.jobs(args.only) if not manifest.result_file(job).exists()]
+    jobs = [job for job in manifest.jobs(args.only) if manifest.result(job) is None]
     if not jobs:
         print(f'nothing to do: every run that matches {args.only!r} is finished')
         return 0
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    deadline = time.monotonic() + 60 * args.budget if args.budget else float('inf')
+    deadline = time.monotonic() + 60 * args.budget if args.budget is not None else float('inf')
     waiting, active, failed, done = list(jobs), list[Process](), list[str](), 0
     # An epoch counts as much as its net computes, so that the time left is that of the work left.
     macs = {model: model_cost(model).macs for model in {job.run.model for job in jobs}}
@@ -114,7 +134,17 @@ def train(manifest: Manifest, args: argparse.Namespace) -> int:
         try:
             while (waiting or active) and time.monotonic() < deadline:
                 while waiting and len(active) < args.jobs:
-                    active.append(start(waiting.pop(0), args.runs, args, threads))
+                    job = waiting.pop(0)
+                    if manifest.result(job):  # another runner's
+                        continue
+                    if busy(args.runs / job.name):
+                        bar.write(f'{job.name} is being trained by another process')
+                        continue
+                    try:
+                        active.append(start(job, args.runs, args, threads))
+                    except ValueError as error:
+                        failed.append(job.name)
+                        bar.write(f'{job.name} failed: {error}', file=sys.stderr)
                 time.sleep(0.2)
                 for process in list(active):
                     ended = process.handle.poll() is not None
@@ -136,7 +166,7 @@ def train(manifest: Manifest, args: argparse.Namespace) -> int:
                 process.handle.terminate()  # it saves what it has and ends
             for process in active:
                 process.handle.wait()
-    left = len(jobs) - done - len(failed)
+    left = sum(manifest.result(job) is None for job in jobs) - len(failed)
     print(f'{done} runs finished, {len(failed)} failed, {left} left' + ('; the same command goes on' if left else ''))
     return 1 if failed else 0
 
@@ -159,19 +189,29 @@ def main() -> int:
         args.jobs = (os.cpu_count() or 1) if args.device == 'cpu' else 1
     if args.jobs < 1:
         parser.error(f'--jobs {args.jobs} is not allowed; give 1 or more')
+    if args.budget is not None and not args.budget > 0:
+        parser.error(f'--budget {args.budget} is not allowed; give more than 0')
+    # README and hub_cards of the repository are of its own manifest.
+    home = ROOT if args.manifest.resolve() == MANIFEST else args.manifest.parent
     try:
         manifest = read_manifest(args.manifest)
+        if not any(manifest.jobs(args.only)):
+            raise ValueError(
+                f'no run matches --only {args.only!r}; --list shows them, such as {next(manifest.jobs()).name}'
+            )
         if args.list:
             for job in manifest.jobs(args.only):
-                print('done' if manifest.result_file(job).exists() else '-   ', job.name)
+                print('-   ' if manifest.result(job) is None else 'done', job.name)
             return 0
         if args.report or args.checkpoints:
             import reproduce_report
 
             if args.checkpoints:
-                reproduce_report.write_checkpoints(manifest, args.runs)
+                reproduce_report.write_checkpoints(manifest, args.runs, home / 'hub_cards')
             if args.report:
                 reproduce_report.write_report(manifest)
+                if home == ROOT:
+                    reproduce_report.write_readme(manifest, home / 'README.md', home / 'hub_cards')
             return 0
         return train(manifest, args)
     except (ValueError, OSError, ImportError) as error:

@@ -1,7 +1,8 @@
 """What `scripts/reproduce.py` is to run: a YAML file of experiments, each with its runs."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Optional
@@ -78,6 +79,19 @@ class Manifest:
     def result_file(self, job: 'Job') -> Path:
         return self.folder / 'results' / job.run.experiment / f'{job.run.name}.seed{job.seed}.json'
 
+    def result(self, job: 'Job') -> Optional[dict[str, Any]]:
+        """What was measured of a finished training; None for any other.
+
+        Raises:
+            ValueError: The file is of another training than the manifest's.
+        """
+        file = self.result_file(job)
+        if not file.exists():
+            return None
+        result = json.loads(file.read_text())
+        job.check(result, file)
+        return result
+
     def jobs(self, only: str = '*') -> Iterator['Job']:
         """The runs with their seeds in the order in which they are worked off, those that match `only`."""
         for experiment in self.experiments.values():
@@ -100,6 +114,68 @@ class Job:
     def name(self) -> str:
         return f'{self.run.experiment}/{self.run.name}/seed{self.seed}'
 
+    def check(self, trained: dict[str, Any], where: Path) -> None:
+        """Refuse a training of another net, on other data or by another recipe than the manifest's.
+
+        Args:
+            trained: Its 'model', 'data' and 'recipe'.
+            where: Its file or folder.
+
+        Raises:
+            ValueError: They differ.
+        """
+        ours = {'model': self.run.model, 'data': self.run.data, **asdict(self.run.recipe_of(self.seed))}
+        theirs = {'model': trained['model'], 'data': trained['data'], **trained['recipe']}
+        # A field that only one version of the recipe has is no difference.
+        differing = [
+            f'{name} {theirs[name]}, not {ours[name]}' for name in ours if theirs.get(name, ours[name]) != ours[name]
+        ]
+        if differing:
+            raise ValueError(
+                f'{where} is of another training than {self.name}: {"; ".join(differing)}; remove it first'
+            )
+
+
+def _experiment(name: str, section: dict[str, Any]) -> Experiment:
+    """One entry of the manifest's `experiments`."""
+    common = {'data', 'recipe', 'seeds'}
+    unknown = section.keys() - common - {'title', 'runs', 'options', 'against'}
+    if unknown:
+        raise ValueError(f'unknown {", ".join(sorted(unknown))}')
+    runs = {}
+    for key, own in section['runs'].items():
+        merged = {name: section[name] for name in common & section.keys()} | own
+        merged['options'] = {**section.get('options', {}), **own.get('options', {})}
+        runs[key] = Run(name, key, **{**merged, 'seeds': tuple(merged['seeds'])})
+    for run in runs.values():
+        try:
+            _check(run, runs)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f'run {run.name}: {error}') from None
+    against = section.get('against')
+    if against not in (None, 'depth', *(f'recipe.{option.name}' for option in fields(Recipe))):
+        raise ValueError(f'against {against!r}; give depth or recipe.FIELD')
+    return Experiment(name, section['title'], runs, against)
+
+
+def _check(run: Run, runs: dict[str, Run]) -> None:
+    run.recipe_of(0)
+    if not is_model(run.model):
+        raise ValueError(f'no model {run.model!r}')
+    if not run.seeds or any(type(seed) is not int for seed in run.seeds) or len(set(run.seeds)) < len(run.seeds):
+        raise ValueError(f'seeds {list(run.seeds)}; give one or more integers, each once')
+    if run.paper is not None and not isinstance(run.paper, (int, float)):
+        raise ValueError(f'paper {run.paper!r}; give an accuracy in %')
+    if run.baseline is None:
+        return
+    if run.baseline not in runs or run.baseline == run.name:
+        raise ValueError(f'baseline {run.baseline!r} is no other run of {run.experiment}')
+    plain = runs[run.baseline]
+    if (plain.data, plain.epochs(), plain.seeds) != (run.data, run.epochs(), run.seeds):
+        raise ValueError(
+            f'baseline {run.baseline} is not trained on the same data, for as many epochs, with the same seeds'
+        )
+
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a YAML file.
@@ -109,25 +185,17 @@ def read_manifest(path: Path) -> Manifest:
     """
     values = read_yaml(path)
     experiments = {}
-    for name, section in values.get('experiments', {}).items():
+    for name, section in (values.get('experiments') or {}).items():
         try:
-            common = {key: section[key] for key in ('data', 'recipe', 'seeds') if key in section}
-            runs = {}
-            for key, own in section['runs'].items():
-                merged = {**common, **own, 'options': {**section.get('options', {}), **own.get('options', {})}}
-                runs[key] = Run(name, key, **{**merged, 'seeds': tuple(merged['seeds'])})
-            experiments[name] = Experiment(name, section['title'], runs, section.get('against'))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f'{path}: experiment {name}: {error}') from None
-        for run in runs.values():
-            try:
-                run.recipe_of(0)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f'{path}: {name}/{run.name}: {error}') from None
-            if not is_model(run.model):
-                raise ValueError(f'{path}: {name}/{run.name}: no model {run.model!r}')
-            if run.baseline is not None and run.baseline not in runs:
-                raise ValueError(f'{path}: {name}/{run.name}: baseline {run.baseline!r} is no run of {name}')
+            experiments[name] = _experiment(name, section)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f'{error} is missing' if isinstance(error, KeyError) else error
+            raise ValueError(f'{path}: experiment {name}: {reason}') from None
     if not experiments:
         raise ValueError(f'{path} has no experiments')
-    return Manifest(experiments, values.get('variance', {}), path.parent)
+    variance = values.get('variance') or {}
+    known = {f'{run.experiment}/{run.name}' for experiment in experiments.values() for run in experiment.runs.values()}
+    for group, run in variance.items():
+        if run not in known:
+            raise ValueError(f'{path}: variance {group}: {run!r} is no EXPERIMENT/RUN of it')
+    return Manifest(experiments, variance, path.parent)

@@ -30,18 +30,10 @@ from timm_weighted_skip.hub.source import load_net_and_args
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parent.parent
-
-
-def read_result(manifest: Manifest, job: Job) -> Optional[dict[str, Any]]:
-    """The result of a training, if it is finished."""
-    file = manifest.result_file(job)
-    return json.loads(file.read_text()) if file.exists() else None
-
 
 def read_results(manifest: Manifest, run: Run) -> dict[int, dict[str, Any]]:
     """Seed -> result of the finished trainings of a run."""
-    results = ((seed, read_result(manifest, Job(run, seed))) for seed in run.seeds)
+    results = ((seed, manifest.result(Job(run, seed))) for seed in run.seeds)
     return {seed: result for seed, result in results if result is not None}
 
 
@@ -49,10 +41,16 @@ def last_top1(results: dict[int, dict[str, Any]]) -> list[float]:
     return [result['last']['top1'] for result in results.values()]
 
 
+def last_epochs(results: dict[int, dict[str, Any]], field: str, count: int) -> list[float]:
+    """Mean of a field of the log over the last epochs, of every seed whose log has it."""
+    curves = [[line.get(field) for line in result['curve'][-count:]] for result in results.values()]
+    return [statistics.fmean(values) for values in curves if None not in values]
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean, standard deviation (n - 1) and number of accuracies."""
     if not values:
-        return 'not run'
+        return '-'
     mean = f'{statistics.fmean(values):.2f}'
     return f'{mean} ± {statistics.stdev(values):.2f} ({len(values)})' if len(values) > 1 else f'{mean} (1)'
 
@@ -62,8 +60,12 @@ def compare(ours: Sequence[float], baseline: Sequence[float]) -> tuple[str, str]
     if not ours or not baseline:
         return '-', '-'
     difference = f'{statistics.fmean(ours) - statistics.fmean(baseline):+.2f}'
-    if min(len(ours), len(baseline)) < 2:
+    if len(ours) < 2:
         return difference, 'one seed: no verdict'
+    if len(baseline) < 2:
+        return difference, 'one seed of the baseline: no verdict'
+    if len({*ours}) == len({*baseline}) == 1:
+        return difference, 'no spread: no verdict'
     from scipy.stats import ttest_ind
 
     low, high = ttest_ind(ours, baseline, equal_var=False).confidence_interval(0.95)
@@ -80,14 +82,19 @@ def accuracy_table(manifest: Manifest, experiment: Experiment) -> str:
     rows = []
     for run in experiment.runs.values():
         results = read_results(manifest, run)
-        best = [result['best']['top1'] for result in results.values()]
+        accuracies = [
+            last_epochs(results, 'train_top1', 1),
+            last_top1(results),
+            last_epochs(results, 'eval_top1', 3),
+            [result['best']['top1'] for result in results.values()],
+        ]
         baseline = read_results(manifest, experiment.runs[run.baseline]) if run.baseline else {}
         paper = '-' if run.paper is None else f'{run.paper:.2f}'
         compared = compare(last_top1(results), last_top1(baseline))
-        ours = spread(last_top1(results)), spread(best) if best else '-'
+        ours = map(spread, accuracies) if results else ['not run', '-', '-', '-']
         rows.append([run.name, str(run.epochs()), *ours, paper, run.baseline or '-', *compared])
-    columns = ['run', 'epochs', 'last epoch (%)', 'best epoch (%)', 'paper (%)', 'baseline', 'difference', 'verdict']
-    return markdown(columns, rows)
+    measured = ['training (%)', 'last epoch (%)', 'last three (%)', 'best epoch (%)']
+    return markdown(['run', 'epochs', *measured, 'paper (%)', 'baseline', 'difference', 'verdict'], rows)
 
 
 def _curves(experiment: Experiment, results: dict[str, dict[int, dict[str, Any]]]) -> list[Curve]:
@@ -122,11 +129,24 @@ def _draw_gates(results: dict[int, dict[str, Any]]) -> 'Figure':
     return figure
 
 
+def connection_weights(results: dict[int, dict[str, Any]]) -> Result:
+    """The weights of an AWM DenseNet's connections in multiples of those of a plain one, which are all alike."""
+    rows = []
+    for unit, first in next(iter(results.values()))['mapping_units'].items():
+        count = len(first['mean'])
+        weights = [[count * mean for mean in result['mapping_units'][unit]['mean']] for result in results.values()]
+        rows.append([unit, count, *(end for each in weights for end in (min(each), max(each)))])
+    columns = ['unit', 'connections', *(f'seed {seed} {of}' for seed in results for of in ('least', 'largest'))]
+    return Result({}, {'weights': Table(columns, rows)})
+
+
 def weights_of(run: Run, results: dict[int, dict[str, Any]]) -> Optional[Result]:
-    """The weights that a run has learned, of those whose units have one or two."""
+    """The weights that a run has learned."""
     units, fixed = next(iter(results.values()))['mapping_units'], run.options.get('model_kwargs', {}).get('skip_fixed')
-    if not units or fixed or any(len(unit['mean']) > 2 for unit in units.values()):
+    if not units or fixed:
         return None
+    if any(len(unit['mean']) > 2 for unit in units.values()):
+        return connection_weights(results)
     if any(len(unit['mean']) == 1 for unit in units.values()):
         return weights_of_rounds(*skip_weight_rounds(run, results))
     columns = ['unit', *(f'seed {seed} {of}' for seed in results for of in ('mean', 'variance'))]
@@ -166,13 +186,14 @@ class Report:
             ]
             swept = sweep(every, experiment.against)
             title = f'Error against {experiment.against}'
+            parts += [f'{key}: {value}' for key, value in swept.about.items() if key != 'runs']
             parts += [swept.tables['sweep'].markdown(), self.picture(swept, 'sweep', f'{experiment.name}-sweep', title)]
         for name, of_seed in results.items():
             weights = weights_of(experiment.runs[name], of_seed)
             if weights is not None:
                 parts += [f'Weights of `{name}`:', weights.tables['weights'].markdown()]
-                title = f'Weights of {name}'
-                parts.append(self.picture(weights, 'weights', f'{experiment.name}-{name}-weights', title))
+                file, title = f'{experiment.name}-{name}-weights', f'Weights of {name}'
+                parts += [self.picture(weights, figure, file, title) for figure in weights.figures]
         return '\n\n'.join(parts)
 
     def variance(self) -> Optional[str]:
@@ -196,7 +217,7 @@ class Report:
         """What was run where, and how much was not."""
         jobs, rows = list(self.manifest.jobs()), []
         for job in jobs:
-            result = read_result(self.manifest, job)
+            result = self.manifest.result(job)
             if result is None:
                 continue
             where = f'{result["device"]}, {result["threads"]} threads, torch {result["versions"]["torch"]}'
@@ -243,7 +264,7 @@ def fill(path: Path, sections: dict[str, Optional[str]]) -> None:
     write_file(path, text)
 
 
-def checkpoint_table(root: Path = ROOT / 'hub_cards') -> str:
+def checkpoint_table(root: Path) -> str:
     """The checkpoint directories with what their configs say was measured."""
     rows = []
     for file in sorted(root.glob('*/config.json')):
@@ -257,13 +278,17 @@ def checkpoint_table(root: Path = ROOT / 'hub_cards') -> str:
     return markdown(columns, rows)
 
 
-def write_report(manifest: Manifest, readme: Path = ROOT / 'README.md') -> None:
-    """Bring the report's and the README's tables and figures up to date."""
+def write_report(manifest: Manifest) -> None:
+    """Bring the tables and figures of the REPORT.md beside the manifest up to date."""
     require('matplotlib', 'scipy')
     report = Report(manifest)
     sections = {name: report.experiment(experiment) for name, experiment in manifest.experiments.items()}
     fill(manifest.folder / 'REPORT.md', {**sections, 'variance': report.variance(), 'runs': report.runs()})
-    fill(readme, {'checkpoints': checkpoint_table(), 'reproduction': report.summary()})
+
+
+def write_readme(manifest: Manifest, readme: Path, cards: Path) -> None:
+    """Bring the README's tables up to date: of the checkpoints in `cards`, and of what was compared."""
+    fill(readme, {'checkpoints': checkpoint_table(cards), 'reproduction': Report(manifest).summary()})
 
 
 def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]]) -> Results:
@@ -286,8 +311,8 @@ def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]])
     )
 
 
-def write_checkpoints(manifest: Manifest, runs: Path, root: Path = ROOT / 'hub_cards') -> None:
-    """Make `<model>.<data>` of the first seed of every finished run that the manifest marks.
+def write_checkpoints(manifest: Manifest, runs: Path, root: Path) -> None:
+    """Make `<model>.<data>` in `root` of the first seed of every finished run that the manifest marks.
 
     One that is there keeps its weights, and says what has been measured since.
     """

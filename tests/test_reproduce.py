@@ -1,7 +1,6 @@
 """The runner of the reproduction: its manifest, its resuming, and what its report computes."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -67,21 +66,6 @@ def test_every_run_of_the_manifest_is_a_command_that_asks_for_it(modules):
         assert task.recipe == job.run.recipe_of(job.seed)
 
 
-def test_baselines_are_trained_as_long_on_the_same_data(modules):
-    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
-    compared = [
-        (e.runs[run.baseline], run) for e in manifest.experiments.values() for run in e.runs.values() if run.baseline
-    ]
-    assert len(compared) > 20
-    for plain, run in compared:
-        assert (plain.data, plain.recipe, plain.epochs(), plain.seeds) == (
-            run.data,
-            run.recipe,
-            run.epochs(),
-            run.seeds,
-        )
-
-
 def test_a_checkpoint_directory_has_one_run(modules):
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
     runs = [run for e in manifest.experiments.values() for run in e.runs.values() if run.checkpoint]
@@ -95,6 +79,8 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     status, out, err = reproduce(tmp_path)
     assert (status, '2 runs finished' in out) == (0, True), err  # those of seed 1
     assert 'nothing to do' in reproduce(tmp_path)[1]
+    status, _, err = reproduce(tmp_path, '--only', '*/seed2')
+    assert (status, "no run matches --only '*/seed2'" in err) == (1, True)
 
     read_manifest, report = modules[0].read_manifest, modules[1]
     manifest = read_manifest(tmp_path / 'manifest.yaml')
@@ -110,27 +96,31 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     readme.write_text(
         ''.join(f'<!-- {name} -->\nold\n<!-- /{name} -->\nkept\n' for name in ('checkpoints', 'reproduction'))
     )
-    report.write_report(manifest, readme)
+    status, _, err = reproduce(tmp_path, '--report')  # of its own manifest: no README but the repository's is written
+    assert (status, readme.read_text().count('old')) == (0, 2), err
     text = sections.read_text()
     assert text.count('kept') == 3
     assert '<!-- small -->\n## Two small nets on digits\n\n| run |' in text
     assert '| awm | 2 |' in text
-    assert 'old' not in readme.read_text()
     assert all((tmp_path / path).is_file() for path in ('figures/small-curves.svg', 'figures/small-awm-weights.svg'))
-    report.write_report(manifest, readme)
+    report.write_report(manifest)
     assert sections.read_text() == text  # the same results, the same report
 
-    report.write_checkpoints(manifest, tmp_path / 'runs', tmp_path / 'cards')
-    (folder,) = (tmp_path / 'cards').iterdir()
+    cards = tmp_path / 'hub_cards'
+    assert reproduce(tmp_path, '--checkpoints')[0] == 0
+    (folder,) = cards.iterdir()
     assert folder.name == 'awm_resnet14_cifar.digits'
     validate_checkpoint(folder)
     measured = json.loads((folder / 'config.json').read_text())['results']
     assert measured['top1'] == [round(result['last']['top1'], 2) for result in results.values()]
     assert list(measured['comparison']) == ['resnet14_cifar']
+    report.write_readme(manifest, readme, cards)
+    assert (readme.read_text().count('old'), readme.read_text().count('kept')) == (0, 2)
+    assert '[awm_resnet14_cifar.digits]' in readme.read_text()
 
     weights = (folder / 'model.safetensors').read_bytes()
     (tmp_path / 'results/small/awm.seed1.json').unlink()
-    report.write_checkpoints(manifest, tmp_path / 'runs', tmp_path / 'cards')
+    report.write_checkpoints(manifest, tmp_path / 'runs', cards)
     validate_checkpoint(folder)
     assert json.loads((folder / 'config.json').read_text())['results']['top1'] == measured['top1'][:1]
     assert f'{measured["top1"][0]:.2f} (n=1)' in (folder / 'README.md').read_text()
@@ -141,17 +131,42 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
         '      together: {model: awm_resnet14_cifar, options: {alternate_freeze: 0}, baseline: plain, about: at once}\n'
     )
     (tmp_path / 'manifest.yaml').write_text(MANIFEST + together)
-    shutil.copy(tmp_path / 'results/small/awm.seed0.json', tmp_path / 'results/small/together.seed0.json')
-    report.write_checkpoints(read_manifest(tmp_path / 'manifest.yaml'), tmp_path / 'runs', tmp_path / 'cards')
+    of_awm, of_together = (tmp_path / f'results/small/{name}.seed0.json' for name in ('awm', 'together'))
+    of_together.write_text(of_awm.read_text().replace('"alternate_freeze": 1', '"alternate_freeze": 0'))
+    report.write_checkpoints(read_manifest(tmp_path / 'manifest.yaml'), tmp_path / 'runs', cards)
     comparison = json.loads((folder / 'config.json').read_text())['results']['comparison']
     assert list(comparison) == ['resnet14_cifar', 'awm_resnet14_cifar (at once)']
 
     # Another training's accuracies are not put beside these weights.
     (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('lr: 0.02', 'lr: 0.03'))
+    for file in (tmp_path / 'results').rglob('*.json'):
+        file.write_text(file.read_text().replace('"lr": 0.02', '"lr": 0.03'))
     config = (folder / 'config.json').read_bytes()
     with pytest.raises(ValueError, match=r'lr 0\.02.*, not of .*lr 0\.03.*; remove it first'):
-        report.write_checkpoints(read_manifest(tmp_path / 'manifest.yaml'), tmp_path / 'runs', tmp_path / 'cards')
+        report.write_checkpoints(read_manifest(tmp_path / 'manifest.yaml'), tmp_path / 'runs', cards)
     assert (folder / 'config.json').read_bytes() == config
+
+
+def test_what_was_trained_otherwise_is_not_this_run(tmp_path, modules):
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST)
+    assert reproduce(tmp_path, '--only', '*/plain/seed0')[0] == 0
+    result = tmp_path / 'results/small/plain.seed0.json'
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('epochs: 2', 'epochs: 3'))
+    for option in ('--list', '--report'):
+        status, _, err = reproduce(tmp_path, option)
+        assert (status, f'{result} is of another training than small/plain/seed0: epochs 2, not 3' in err) == (1, True)
+    result.unlink()
+    status, out, err = reproduce(tmp_path, '--only', '*/plain/seed0')  # nor does its folder become one
+    assert (status, '0 runs finished, 1 failed, 0 left' in out) == (1, True), err
+    assert 'seed0 is of another training than small/plain/seed0: epochs 2, not 3; remove it first' in err
+    assert not result.exists()
+
+
+def test_a_start_that_was_refused_starts_anew(tmp_path):
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('data: digits', 'data: cifar10'))
+    for folder in ('a', 'b'):
+        status, _, err = reproduce(tmp_path, '--only', '*/plain/seed0', '--data-dir', str(tmp_path / folder))
+        assert (status, str(tmp_path / folder) in err) == (1, True), err
 
 
 def test_killed_and_interrupted_it_goes_on(tmp_path):
@@ -173,9 +188,9 @@ def test_killed_and_interrupted_it_goes_on(tmp_path):
     wait_for_lines(3, process)
     process.kill()  # its training lives on
     process.communicate()
-    status, _, err = reproduce(tmp_path, '--only', '*/awm/seed0')
-    if status:  # it was refused while the other trains
-        assert 'another process is training' in err
+    status, out, err = reproduce(tmp_path, '--only', '*/awm/seed0')
+    if 'small/awm/seed0 is being trained by another process' in out:
+        assert (status, '0 failed, 1 left' in out) == (0, True)
         wait_for_lines(6, subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']))
         time.sleep(2)
         status, _, err = reproduce(tmp_path, '--only', '*/awm/seed0')
@@ -204,7 +219,14 @@ def test_out_of_time_it_saves_and_says_what_is_left(tmp_path):
     ('change', 'message'),
     [
         (('lr: 0.02', 'learning_rate: 0.02'), 'learning_rate'),
-        (('baseline: plain', 'baseline: plane'), "baseline 'plane' is no run of small"),
+        (('baseline: plain', 'baseline: plane'), "run awm: baseline 'plane' is no other run of small"),
+        (('baseline: plain', 'baseline: awm'), "baseline 'awm' is no other run of small"),
+        (('alternate_freeze: 1}', 'alternate_freeze: 1, epochs: 3}'), 'baseline plain is not trained on the same data'),
+        (('seeds: [0, 1]', 'seeds: [0, 0]'), r'seeds \[0, 0\]; give one or more integers, each once'),
+        (('paper: 90.5', 'paper: many'), "run plain: paper 'many'; give an accuracy in %"),
+        (('    seeds:', '    tittle: Nets\n    seeds:'), 'experiment small: unknown tittle'),
+        (('    seeds:', '    against: lr\n    seeds:'), "against 'lr'; give depth or recipe.FIELD"),
+        (('experiments:', 'variance: {a: small/awn}\nexperiments:'), "variance a: 'small/awn' is no EXPERIMENT/RUN"),
         (('model: resnet14_cifar', 'model: resnet15_cifar'), "no model 'resnet15_cifar'"),
         (('recipe: awm_cifar_short', 'recipe: awm'), "no recipe 'awm'"),
         (('seeds: [0, 1]', 'seed: 0'), 'small'),
@@ -225,6 +247,8 @@ def test_verdicts(modules):
     assert compare([1.0, 2, 3], [11.0, 12, 13]) == ('-10.00 [-12.27, -7.73]', 'worse')
     assert compare([1.0, 2, 3], [1.5, 2.5, 3.5])[1] == 'within noise'
     assert compare([1.0], [2.0, 3.0]) == ('-1.50', 'one seed: no verdict')
+    assert compare([2.0, 3.0], [1.0]) == ('+1.50', 'one seed of the baseline: no verdict')
+    assert compare([2.0, 2.0], [1.0, 1.0]) == ('+1.00', 'no spread: no verdict')
     assert compare([], [1.0]) == ('-', '-')
 
 
@@ -245,7 +269,7 @@ def test_the_report_is_that_of_the_results(modules, tmp_path):
     assert report.runs() in text
     readme = (SCRIPTS.parent / 'README.md').read_text()
     assert report.summary() in readme
-    assert modules[1].checkpoint_table() in readme
+    assert modules[1].checkpoint_table(SCRIPTS.parent / 'hub_cards') in readme
 
 
 def test_checkpoints_of_the_manifest_are_registered(modules):

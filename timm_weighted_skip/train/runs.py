@@ -36,7 +36,18 @@ from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_chec
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, stop_signals
 
-__all__ = ['Run', 'command_of', 'describe', 'evaluate_on', 'read_run', 'run', 'run_seeds', 'summary', 'task_of']
+__all__ = [
+    'Run',
+    'alone_in',
+    'command_of',
+    'describe',
+    'evaluate_on',
+    'read_run',
+    'run',
+    'run_seeds',
+    'summary',
+    'task_of',
+]
 
 ARGS, LOG, RESULT = 'args.yaml', 'log.jsonl', 'result.json'
 Analysis = Callable[[nn.Module, Iterable[torch.Tensor]], Any]
@@ -114,7 +125,7 @@ def run_seeds(
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     try:
-        with _alone_in(folder):
+        with alone_in(folder):
             write_file(folder / ARGS, yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False))
             for seed in seeds:
                 task.recipe.seed = seed
@@ -132,8 +143,12 @@ def run_seeds(
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Refuse to train in a folder where another process does; the lock of a process that was killed is no hindrance."""
+def alone_in(folder: Path) -> Iterator[None]:
+    """Refuse to train in a folder where another process does; the lock of a process that was killed is no hindrance.
+
+    Raises:
+        ValueError: Another process trains there.
+    """
     try:
         with FileLock(folder / '.lock', timeout=0):
             yield
