@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 
 import pytest
 import timm
@@ -143,6 +144,42 @@ def test_what_the_user_froze_stays_frozen():
         assert not net.conv1.weight.requires_grad
         assert not net.layer1[0].merge.gate.fc1.weight.requires_grad
         assert net.layer1[1].merge.gate.fc1.weight.requires_grad == (epoch == 1)
+
+
+@pytest.mark.parametrize('restore', [lambda f, m: f.release(m), lambda _, m: AlternateFreezing(0)(m, 0)])
+def test_a_net_is_released_as_it_was(restore):
+    model = make_net()
+    model.conv1.weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    freezing = AlternateFreezing(1, freeze_bn_stats=True)
+    assert freezing(model, 1) == 'gates'
+    restore(freezing, model)
+    assert [p.requires_grad for p in model.parameters()] == before
+    mean = model.bn1.running_mean.clone()
+    run_epoch(model, create_optimizer_v2(model, **SGD), 0)
+    assert not torch.equal(model.bn1.running_mean, mean)
+    model.fc.weight.requires_grad_(False)  # what is frozen from now on is noted anew
+    freezing(model, 0)
+    assert not model.fc.weight.requires_grad
+
+
+def test_a_frozen_net_can_be_scripted():
+    model = make_net().eval()
+    x = torch.randn(2, 3, 8, 8)
+    AlternateFreezing(1)(model, 1)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize('copied', [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_another_schedule_goes_on_with_a_frozen_net(copied):
+    model = make_net()
+    assert AlternateFreezing(1, freeze_bn_stats=True)(model, 1) == 'gates'
+    model = copied(model)
+    other = AlternateFreezing(1)
+    for epoch in (0, 1):
+        other(model, epoch)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == groups(model)[1 - epoch]
+        assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_released_rule_trains_biases_in_both_phases():

@@ -2,7 +2,6 @@
 
 from functools import cache
 from typing import Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from timm.layers import use_reentrant_ckpt
@@ -15,10 +14,11 @@ from timm_weighted_skip.layers import Gate, check_choice
 __all__ = ['AlternateFreezing', 'Phase']
 
 Phase = Literal['backbone', 'gates', 'joint']
+NOTE = '_before_freezing'
 
 
 class _Net(NamedTuple):
-    """What a net let be trained when it was first seen."""
+    """What a net let be trained before it was first frozen. The net keeps it, so that its copies have theirs."""
 
     gates: list[nn.Parameter]
     backbone: list[nn.Parameter]
@@ -37,8 +37,9 @@ class AlternateFreezing:
     are frozen by then, for good). What a phase does not train is frozen to the bit: it needs no gradient, and its last
     gradient is dropped, so that neither momentum nor weight decay can move it and a gradient norm does not count it.
 
-    The first call with a net takes down what it lets be trained; what the user froze before stays frozen. The phase
-    depends on the epoch's number alone, so a resumed run lands in the right one.
+    The first call with a net takes down what it lets be trained; what the user froze before stays frozen. `release`
+    makes the net again what it was. The phase depends on the epoch's number alone, so a resumed run lands in the right
+    one.
 
     Args:
         period: Epochs per phase; 0 trains both together. The paper's best is 3.
@@ -68,7 +69,6 @@ class AlternateFreezing:
         self.count = count
         self.freeze = freeze
         self.freeze_bn_stats = freeze_bn_stats
-        self._nets: WeakKeyDictionary[nn.Module, _Net] = WeakKeyDictionary()
 
     def phase(self, epoch: int) -> Phase:
         """What epoch number `epoch`, counted from 0, trains."""
@@ -101,10 +101,11 @@ class AlternateFreezing:
         """
         phase = self.phase(epoch)
         if phase == 'joint':
+            self.release(model)
             return phase
         net = self._net(model)
-        if epoch % self.period == 0 and _is_compiled(model) and not _compiler_sees_freezing():
-            torch.compiler.reset()  # so that the phase's first step compiles again
+        if epoch % self.period == 0:
+            _compile_again(model)
         for parameters, trained in (
             (net.gates, phase == 'gates'),
             (net.backbone, phase == 'backbone'),
@@ -114,15 +115,24 @@ class AlternateFreezing:
                 parameter.requires_grad_(trained)
                 if not trained:
                     parameter.grad = None
-        for norm in net.norms if self.freeze_bn_stats else ():
+        for norm in net.norms:
             # Not `norm.eval()`, which the next `model.train()` would undo, and which normalises by other numbers.
-            norm.track_running_stats = phase == 'backbone'  # type: ignore[assignment]
+            norm.track_running_stats = phase == 'backbone' or not self.freeze_bn_stats  # type: ignore[assignment]
         return phase
+
+    def release(self, model: nn.Module) -> None:
+        """Let everything of `model` be trained that was before the first call with it."""
+        net = vars(unwrap_model(model)).pop(NOTE, None)
+        if net is None:
+            return
+        _compile_again(model)
+        for parameter in (*net.gates, *net.backbone, *net.backbone_biases):
+            parameter.requires_grad_(True)
+        for norm in net.norms:
+            norm.track_running_stats = True  # type: ignore[assignment]
 
     def _net(self, model: nn.Module) -> _Net:
         net = unwrap_model(model)
-        if net in self._nets:
-            return self._nets[net]
         gates = {p for m in net.modules() if isinstance(m, Gate) for p in m.parameters()}
         if not gates:
             raise ValueError(
@@ -135,14 +145,22 @@ class AlternateFreezing:
                 'unset TIMM_REENTRANT_CKPT'
             )
         _check_data_parallel(model)
+        if NOTE in vars(net):
+            return vars(net)[NOTE]
         trainable = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-        self._nets[net] = _Net(
+        noted = vars(net)[NOTE] = _Net(
             gates=[p for _, p in trainable if p in gates],
             backbone=[p for name, p in trainable if p not in gates and not name.endswith('bias')],
             backbone_biases=[p for name, p in trainable if p not in gates and name.endswith('bias')],
             norms=[m for m in net.modules() if getattr(m, 'track_running_stats', False)],
         )
-        return self._nets[net]
+        return noted
+
+
+def _compile_again(model: nn.Module) -> None:
+    """Have the first step after freezing or thawing compile again, where the compiler would not see the change."""
+    if _is_compiled(model) and not _compiler_sees_freezing():
+        torch.compiler.reset()
 
 
 def _is_compiled(model: nn.Module) -> bool:
