@@ -1,9 +1,12 @@
 """The merges: their equations, their gradients, and what holds at identity."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, Gate, SkipWeight, skip_weights
 
@@ -179,3 +182,14 @@ def test_shared_weight_is_stored_once_per_unit_and_never_as_shared_memory():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize('make', [partial(SkipWeight, 0.5), partial(ActiveWeightedMapping, 4)])
+def test_half_precision_maps_stay_so_under_autocast(make, request):
+    """`addcmul` gives the widest of its inputs' types under CUDA's autocast, which fake tensors tell without a GPU."""
+    torch.set_autocast_dtype('cuda', torch.bfloat16)
+    torch.set_autocast_enabled('cuda', True)
+    request.addfinalizer(partial(torch.set_autocast_enabled, 'cuda', False))
+    with FakeTensorMode():
+        maps = torch.empty(2, 4, 3, 3, device='cuda', dtype=torch.bfloat16)
+        assert make(device='cuda')(maps, maps).dtype == torch.bfloat16

@@ -81,7 +81,8 @@ class SkipWeight(nn.Module):
     def forward(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if self.weight is None:
             return residual + shortcut
-        return torch.addcmul(residual, self.weight, shortcut)  # (N, C, H, W)
+        weight = self.weight.to(residual.dtype)  # else CUDA's autocast makes float32 of all that comes after
+        return torch.addcmul(residual, weight, shortcut)  # (N, C, H, W)
 
     def merge_relu(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         """`relu(self(residual, shortcut))`, overwriting `residual`."""
