@@ -6,8 +6,12 @@ The counts below follow the papers' descriptions, layer by layer, and share noth
 import math
 
 import pytest
+import timm
+import torch
 
 from timm_weighted_skip.analysis.listing import model_cost
+from timm_weighted_skip.costs import count_costs
+from timm_weighted_skip.hub import save_checkpoint
 from timm_weighted_skip.models.names import model_names
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -122,3 +126,17 @@ def test_published_parameter_counts(name, params):
 @pytest.mark.parametrize(('depth', 'units'), [(14, 6), (20, 9), (32, 15), (44, 21), (56, 27), (110, 54)])
 def test_number_of_mapping_units_is_table_1s(depth, units):
     assert model_cost(f'awm_resnet{depth}_cifar').units == model_cost(f'adaresnet{depth}_cifar').units == units
+
+
+def test_a_card_counts_as_the_list_does(tmp_path):
+    """The released net computes its first projection in a cheaper way on a CPU, which is no other net."""
+    name = 'adaresnet18_released'
+    folder = save_checkpoint(timm.create_model(name), tmp_path / 'net')
+    assert f'GMACs: {model_cost(name).macs / 1e9:.3f}' in (folder / 'README.md').read_text()
+
+
+def test_counting_leaves_nothing_on_a_net_that_fails():
+    model = timm.create_model('awm_resnet14_cifar')
+    with pytest.raises(RuntimeError):
+        count_costs(model, torch.randn(1, 4, 8, 8))
+    assert not any(module._forward_hooks for module in model.modules())

@@ -70,7 +70,12 @@ def test_nets_of_other_arguments(tmp_path, name, args):
     folder = save_checkpoint(net, tmp_path / 'net', model_args=recorded)
     x = IMAGE[:, : args.get('in_chans', 3)]
     assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x), net(x))
-    assert validate_checkpoint(folder).num_classes == net.num_classes
+    loaded = validate_checkpoint(folder)
+    assert loaded.num_classes == net.num_classes
+    image = Image.fromarray(np.zeros((40, 40, 3), np.uint8))
+    config = timm.data.resolve_model_data_config(loaded)
+    transform = timm.data.create_transform(**config)  # as the card has it
+    assert transform(image.convert('L' if x.shape[1] == 1 else 'RGB')).shape == tuple(config['input_size'])
 
 
 @torch.no_grad()

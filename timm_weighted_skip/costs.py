@@ -1,5 +1,6 @@
 """What a net costs for one batch."""
 
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,9 @@ def count_costs(model: nn.Module, x: torch.Tensor) -> Costs:
         nonlocal activations
         activations += output.numel()
 
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    with FlopCounterMode(display=False) as counter:
+    with ExitStack() as hooks, FlopCounterMode(display=False) as counter:
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                hooks.enter_context(module.register_forward_hook(count))
         model(x)
-    for handle in handles:
-        handle.remove()
     return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, activations)

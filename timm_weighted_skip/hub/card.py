@@ -100,10 +100,11 @@ def model_card(folder: Path, repo_id: str) -> str:
     results = Results.from_dict(config['results']) if 'results' in config else None
     architecture, cfg = config['architecture'], config['pretrained_cfg']
     shape = (1, *cfg['input_size'])
-    image = torch.zeros(shape)
-    model = build_net(config, folder / 'config.json').eval()
-    stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
-    costs = count_costs(model, image)
+    with torch.device('meta'):
+        image = torch.empty(shape)
+        model = build_net(config, folder / 'config.json').eval()
+        stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
+        costs = count_costs(model, image)
     terms = cfg.get('license', 'apache-2.0')
 
     evaluation: dict[str, Any] = {}

@@ -138,7 +138,8 @@ def model_config(
 ) -> dict[str, Any]:
     """timm's `config.json` of `model`, from which its `local-dir:` and `hf_hub:` rebuild the net.
 
-    It is made of the net itself and `model_args` alone, so that it says the same under every version of timm.
+    It is made of the net itself and `model_args` alone, so that it says the same under every version of timm. Pixel
+    means and deviations of other channels than the net's become their average.
 
     Args:
         model: Net with a `pretrained_cfg`, as every net of `timm.create_model` has.
@@ -162,6 +163,9 @@ def model_config(
         cfg = {k: v for k, v in cfg.items() if k not in ('label_names', 'label_descriptions', 'label_offset')}
     in_chans = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
     cfg.update(num_classes=num_classes, input_size=(in_chans, *cfg['input_size'][1:]))
+    for name in ('mean', 'std'):
+        if len(cfg[name]) != in_chans:
+            cfg[name] = (statistics.fmean(cfg[name]),) * in_chans
     cfg.pop('tag', None)
     config: dict[str, Any] = {
         'architecture': architecture,
