@@ -28,7 +28,7 @@ class CifarDenseNet(WeightedDenseNet):
     out_indices = (0, 1, 2, 3)
 
     def __init__(self, in_chans: int = 3, **kwargs) -> None:
-        super().__init__(in_chans=in_chans, **kwargs)
+        super().__init__(in_chans=in_chans, stem_type='', **kwargs)
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         width = self.features.conv0.out_channels
         self.features.conv0 = nn.Conv2d(in_chans, width, kernel_size=3, padding=1, bias=False, **dd)
