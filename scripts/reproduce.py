@@ -27,7 +27,7 @@ from tqdm import tqdm
 from timm_weighted_skip.analysis.curves import read_run
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.files import write_file
-from timm_weighted_skip.train.runs import alone_in
+from timm_weighted_skip.train.runs import alone_in, holds_run
 from timm_weighted_skip.train.runs import read_run as read_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,8 +88,7 @@ def start(job: Job, runs: Path, args: argparse.Namespace, threads: int) -> Proce
     folder = runs / job.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, '-m', 'timm_weighted_skip.cli', 'train']
-    # Without a checkpoint there is nothing to go on with: it was refused, as for want of the data, or stopped at once.
-    if any(folder.glob('checkpoint-*')):
+    if holds_run(folder):
         job.check(asdict(read_task(folder)[0]), folder)
         command += ['--resume', str(folder)]
     else:

@@ -16,6 +16,8 @@ import timm_weighted_skip
 
 __all__ = ['main']
 
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
 
 def add_list(verbs) -> None:
     """`list`: the models, with what they cost."""
@@ -75,7 +77,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     group.add_argument('--std', type=float, nargs='+', help="pixel deviation per channel; default: the model's")
     group.add_argument('--batch-size', type=int, default=128, metavar='N', help='default: %(default)s')
     group.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load images')
-    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='default: %(default)s')
+    group.add_argument('--device', default=DEVICE, help='default: %(default)s')
 
 
 def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
@@ -278,14 +280,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data', metavar='SET', help='cifar10, cifar100, mnist, digits, folder, or NAME of NAME_*.npz')
     parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
     parser.add_argument('--download', action='store_true', help='let torchvision fetch the data into --data-dir')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(%(default)s)')
+    parser.add_argument('--device', default=DEVICE, help=f'({DEVICE})')
 
 
 def add_train(verbs) -> None:
     """`train`: a net on an image set that fits in memory."""
-    from dataclasses import fields
-
-    from timm_weighted_skip.train.recipe import Recipe, add_recipe_arguments, list_recipes
+    from timm_weighted_skip.train.recipe import add_recipe_arguments, list_recipes
 
     parser = verbs.add_parser(
         'train',
@@ -293,7 +293,9 @@ def add_train(verbs) -> None:
         description='Train a net on an image set that fits in memory, on one device. For anything larger, '
         "`python -m timm_weighted_skip.train` runs timm's train.py with the same recipes.",
     )
-    parser.add_argument('--resume', metavar='DIR', help='go on with the run in this folder; takes no other arguments')
+    parser.add_argument(
+        '--resume', metavar='DIR', help='go on with the run in this folder; takes --device and --data-dir beside it'
+    )
     parser.add_argument('--model', default='awm_resnet20_cifar', help='timm model name (%(default)s)')
     parser.add_argument('--pretrained', action='store_true', help='start from its checkpoint')
     add_data_arguments(parser)
@@ -302,18 +304,23 @@ def add_train(verbs) -> None:
     parser.add_argument('--output', default='runs', metavar='DIR', help='where the folders of runs are (%(default)s)')
     parser.add_argument('--experiment', metavar='NAME', help="the run's folder in there (<model>-<data>[-<recipe>])")
     add_recipe_arguments(parser)
+    parser.set_defaults(device=None)  # a run that goes on does so where it was, if nothing is said
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis.moments import weight_moments
         from timm_weighted_skip.train.runs import describe, read_run, run_seeds, task_of
 
         if args.resume:
-            given = [option.name for option in fields(Recipe) if hasattr(args, option.name)]
+            others = vars(args).keys() - {'resume', 'device', 'data_dir'}
+            given = [name for name in vars(args) if name in others and getattr(args, name) != parser.get_default(name)]
             if given:
                 raise ValueError(f'--resume goes on as the run was started; give no --{given[0].replace("_", "-")}')
             folder = Path(args.resume)
             task, seeds = read_run(folder)
+            task.device = args.device or task.device
+            task.data_dir = str(Path(args.data_dir).absolute()) if args.data_dir else task.data_dir
         else:
+            args.device = args.device or DEVICE
             task, seeds, folder = task_of(args)
         try:
             result = run_seeds(task, folder, seeds, resume=bool(args.resume), analysis=weight_moments)

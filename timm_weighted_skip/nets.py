@@ -129,6 +129,8 @@ class NamedNet:
         except (RuntimeError, TypeError, LookupError, AttributeError, UnpicklingError) as error:
             # torch lists every parameter that does not fit, after a line that names the class.
             reason = shorten(' '.join(str(error).splitlines()[:2]), 300)
+            if isinstance(error, TypeError):
+                raise ValueError(f'{self.name} can not be made with these arguments: {reason}') from error
             raise ValueError(
                 f'the weights of {self.weights or self.name} do not fit {self.name}: {reason}; '
                 'give the arguments that it was trained with, such as --model-kwargs num_classes=100'
@@ -153,7 +155,7 @@ def find_net(source: str, checkpoint: Optional[Union[str, Path]] = None) -> Name
         trained = Trained.read(checkpoint)
     except ValueError:  # another trainer's checkpoints say nothing of themselves
         return replace(found, weights=checkpoint)
-    if _architecture(found.name) not in (trained.model, None):
+    if _architecture(found.name) not in (split_model_name_tag(trained.model)[0], None):
         raise ValueError(f'{checkpoint} is of {trained.model}, not of {source}; name {trained.model} with it')
     return NamedNet(trained.model, trained.arguments(), checkpoint)
 

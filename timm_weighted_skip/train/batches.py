@@ -81,13 +81,7 @@ class Batches:
             yield self._take(index, centre, centre, torch.zeros_like(index, dtype=torch.bool))
 
     def shuffled(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The epoch's whole batches from number `start` on, shuffled and augmented; the few images over are left out.
-
-        Raises:
-            ValueError: A batch has more images than there are.
-        """
-        if self.batch_size > len(self):
-            raise ValueError(f'a batch of {self.batch_size} from {len(self)} images; give a smaller --batch-size')
+        """The epoch's whole batches from number `start` on, shuffled and augmented; the images over are left out."""
         generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
         drawn = (
             torch.randperm(len(self), generator=generator),

@@ -78,6 +78,13 @@ def _check_kind(option: Field, value: Any) -> None:
         raise ValueError(f'{option.name}={value!r} is not allowed; give {instead}')
 
 
+def _as_in_yaml(value: Any) -> Any:
+    """Lists for tuples, as a file gives the value back."""
+    if isinstance(value, dict):
+        return {name: _as_in_yaml(each) for name, each in value.items()}
+    return [*map(_as_in_yaml, value)] if isinstance(value, (list, tuple)) else value
+
+
 @dataclass
 class Recipe:
     """How a net is trained. A switch that is None is chosen for the device.
@@ -140,18 +147,25 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            _check_kind(option, getattr(self, option.name))
+            value = getattr(self, option.name)
+            _check_kind(option, value)
+            setattr(self, option.name, _as_in_yaml(value))
+        if 'pretrained' in self.model_kwargs:
+            raise ValueError('pretrained is no argument of a net; give --pretrained instead')
         for name in ('epochs', 'batch_size', 'grad_accum_steps'):
             check_count(name, getattr(self, name))
         for name in ('seed', 'alternate_freeze', 'pad_crop', 'warmup_epochs', 'cooldown_epochs'):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f'{name}={value!r} is not allowed; give a whole number of 0 or more')
-        for name in ('lr', 'momentum', 'weight_decay', 'min_lr', 'warmup_lr', 'decay_rate', 'model_ema_decay'):
+        for name in ('lr', 'momentum', 'weight_decay', 'min_lr', 'warmup_lr', 'decay_rate'):
             value = self._as_number(name)
             if not 0 <= value < math.inf:
                 raise ValueError(f'{name}={value!r} is not allowed; give a finite number of 0 or more')
-        for name in ('hflip', 'smoothing'):
+        for name in ('clip_grad', 'decay_epochs'):
+            if getattr(self, name) is not None and not self._as_number(name) > 0:
+                raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give a number above 0')
+        for name in ('hflip', 'smoothing', 'model_ema_decay'):
             if not 0 <= self._as_number(name) <= 1:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give a number from 0 to 1')
         check_choice('clip_mode', self.clip_mode, ('norm', 'value', 'agc'))

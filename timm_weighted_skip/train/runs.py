@@ -30,7 +30,7 @@ import timm_weighted_skip
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import check_count
-from timm_weighted_skip.nets import LAST, Trained
+from timm_weighted_skip.nets import FOREIGN, LAST, Trained
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
@@ -42,6 +42,7 @@ __all__ = [
     'command_of',
     'describe',
     'evaluate_on',
+    'holds_run',
     'read_run',
     'run',
     'run_seeds',
@@ -115,12 +116,19 @@ def describe(result: dict, folder: Path) -> str:
     return f'{result["model"]}, test accuracy of the ' + ', of the '.join(lines) + f'; written to {folder}'
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has something to lose or to go on with.
+
+    A run that was refused, or stopped in its first steps, leaves none of it.
+    """
+    return any(any(folder.rglob(pattern)) for pattern in ('checkpoint-*', RESULT, LAST))
+
+
 def run_seeds(
     task: Run, folder: Path, seeds: list[int], resume: bool = False, analysis: Optional[Analysis] = None
 ) -> dict:
     """`run` for one seed in `folder`, for several in a folder each below it; returns `run`'s result or a summary."""
-    # What has no checkpoint yet was refused, or stopped in its first steps: there is nothing to lose or to go on with.
-    if not resume and any(folder.rglob('checkpoint-*')):
+    if not resume and holds_run(folder):
         raise ValueError(f'{folder} holds a run; go on with it by --resume {folder}, or give another --experiment')
     folder.mkdir(parents=True, exist_ok=True)
     results = []
@@ -256,7 +264,9 @@ def _metadata(task: Run, trainer: Trainer) -> dict[str, str]:
     """What the weights are of."""
     batches, version = trainer.test_batches, timm_weighted_skip.__version__
     size = [len(trainer.mean), batches.height, batches.width]
-    kwargs, classes = task.recipe.model_kwargs, list(batches.classes)
+    # Where the net started, as `pretrained_cfg_overlay` tells, is not what it is.
+    kwargs = {name: value for name, value in task.recipe.model_kwargs.items() if name not in FOREIGN}
+    classes = list(batches.classes)
     trained = Trained(task.model, kwargs, classes, size, list(trainer.mean), list(trainer.std))
     return {**trained.metadata(), 'epochs': str(trainer.position.epoch), 'timm_weighted_skip': version}
 

@@ -66,7 +66,8 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
         net = timm.create_model(model, pretrained=pretrained, **shape, **model_kwargs)
         with torch.inference_mode():
             net.eval()(torch.zeros(1, *data.images.shape[1:]).permute(0, 3, 1, 2))
-    except (AssertionError, RuntimeError, TypeError) as error:  # nets of a fixed or a smallest image size assert
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        # Nets of a fixed or a smallest image size assert; the rest are arguments that are not the net's.
         raise ValueError(f'model {model!r}: {error}') from None
     return net.train()
 
@@ -75,6 +76,9 @@ def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple
     """Per-channel mean and deviation: the recipe's, else the net's, else (of other channels) those of the images.
 
     A single number of the recipe's is that of every channel, as in timm.
+
+    Raises:
+        ValueError: A deviation is not above 0.
     """
     channels = data.images.shape[3]
     config: Any = net.pretrained_cfg
@@ -83,6 +87,8 @@ def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple
         pixels = data.images.double() / 255
         mean, std = pixels.mean((0, 1, 2)).tolist(), pixels.std((0, 1, 2)).tolist()
     mean, std = recipe.mean or mean, recipe.std or std
+    if not all(deviation > 0 for deviation in std):
+        raise ValueError(f'the pixel deviations are {list(std)}; give --std with numbers above 0')
     return tuple(mean * channels if len(mean) == 1 else mean), tuple(std * channels if len(std) == 1 else std)
 
 
@@ -195,7 +201,11 @@ class Trainer:
         augmentation = (0, 0.0) if recipe.no_aug else (recipe.pad_crop, recipe.hflip)
         self.train_batches, self.test_batches = batches(train, *augmentation), batches(test)
         self.batches_per_epoch = len(train.labels) // recipe.batch_size
-        if recipe.grad_accum_steps > max(1, self.batches_per_epoch):
+        if not self.batches_per_epoch:
+            raise ValueError(
+                f'a batch of {recipe.batch_size} from {len(train.labels)} images; give a smaller --batch-size'
+            )
+        if recipe.grad_accum_steps > self.batches_per_epoch:
             raise ValueError(
                 f'grad_accum_steps={recipe.grad_accum_steps} is more than an epoch of {self.batches_per_epoch} batches'
             )
@@ -223,7 +233,10 @@ class Trainer:
             self.compiled = _compiles(self.device, self.epochs * len(train.labels))
         self.model: nn.Module = self.net
         if self.compiled:
-            self.model = torch.compile(self.net, mode=recipe.torchcompile_mode)  # type: ignore[assignment]
+            try:
+                self.model = torch.compile(self.net, mode=recipe.torchcompile_mode)  # type: ignore[assignment]
+            except RuntimeError as error:
+                raise ValueError(f'torchcompile_mode={recipe.torchcompile_mode!r}: {error}') from None
         self.position = Position()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -236,7 +249,7 @@ class Trainer:
                 options['fused'] = True
             options.update(recipe.opt_kwargs)
             return create_optimizer_v2(self.net, recipe.opt, recipe.lr, recipe.weight_decay, recipe.momentum, **options)
-        except (TypeError, ValueError, AssertionError) as error:
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f'optimizer {recipe.opt!r}: {error}') from None
 
     def _make_scheduler(self):

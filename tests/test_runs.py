@@ -1,0 +1,93 @@
+"""What the folder of a training run is good for: going on, elsewhere too, and naming its net."""
+
+import json
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from timm_weighted_skip.cli import main
+from timm_weighted_skip.train.runs import read_run
+
+
+def train(folder, *more):
+    """The exit status of a short run in `folder`/run."""
+    base = [
+        '--model',
+        'awm_resnet14_cifar',
+        '--data',
+        'digits',
+        '--epochs',
+        '1',
+        '--batch-size',
+        '256',
+        '--lr',
+        '0.001',
+    ]
+    return main(['train', *base, '--output', str(folder), '--experiment', 'run', *more])
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--opt', 'adamw', '--opt-kwargs', 'betas=(0.9,0.95)'],
+        ['--model', 'awm_densenet22_bc_cifar', '--model-kwargs', 'block_config=(1,1,1)'],
+    ],
+    ids=str,
+)
+def test_arguments_that_are_tuples_do_not_hinder_going_on(tmp_path, arguments):
+    assert train(tmp_path, *arguments) == 0
+    (tmp_path / 'run' / 'result.json').unlink()
+    assert main(['train', '--resume', str(tmp_path / 'run')]) == 0
+
+
+@pytest.mark.parametrize('kept', ['result.json', 'last.safetensors'])
+def test_a_run_without_its_checkpoints_is_not_trained_over(tmp_path, capsys, kept):
+    assert train(tmp_path) == 0
+    folder = tmp_path / 'run'
+    for path in folder.iterdir():
+        if path.name not in (kept, 'args.yaml'):
+            path.unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert train(tmp_path, '--lr', '0.1') == 1
+    assert 'holds a run' in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_it_goes_on_with_its_data_and_on_a_device_of_elsewhere(tmp_path, capsys):
+    assert train(tmp_path) == 0
+    folder, moved = tmp_path / 'run', tmp_path / 'moved'
+    (folder / 'result.json').unlink()
+    args = (folder / 'args.yaml').read_text()
+    (folder / 'args.yaml').write_text(args.replace('device: cpu', 'device: abacus'))
+    assert main(['train', '--resume', str(folder)]) == 1
+    assert "device 'abacus' is not to be had" in capsys.readouterr().err
+    assert main(['train', '--resume', str(folder), '--device', 'cpu', '--data-dir', str(moved)]) == 0
+    task, _ = read_run(folder)
+    assert (task.device, task.data_dir) == ('cpu', str(moved))
+    for other in (['--seeds', '1', '2'], ['--model', 'resnet14_cifar'], ['--pretrained'], ['--lr', '0.1']):
+        assert main(['train', '--resume', str(folder), *other]) == 1
+        assert f'give no {other[0]}' in capsys.readouterr().err
+
+
+def test_a_net_from_weights_of_ones_own_can_be_loaded_again(tmp_path, capsys):
+    backbone = tmp_path / 'backbone.safetensors'
+    save_file(timm.create_model('awm_resnet14_cifar').state_dict(), backbone)
+    overlay = f'pretrained_cfg_overlay={dict(file=str(backbone))}'
+    assert train(tmp_path, '--pretrained', '--model-kwargs', overlay) == 0
+    accuracy = json.loads((tmp_path / 'run' / 'result.json').read_text())['last']['top1']
+    capsys.readouterr()
+    assert main(['eval', str(tmp_path / 'run'), '--data', 'digits']) == 0
+    assert json.loads(capsys.readouterr().out)['top1'] == pytest.approx(accuracy)
+
+
+def test_weights_that_began_as_a_tags_go_by_their_models_name(tmp_path, capsys):
+    name = 'awm_resnet14_cifar.digits'
+    assert train(tmp_path, '--model', name, '--pretrained') == 0
+    for model in (name, 'awm_resnet14_cifar'):
+        assert main(['eval', model, '--checkpoint', str(tmp_path / 'run/last.safetensors'), '--data', 'digits']) == 0
+    assert (
+        main(['eval', 'resnet14_cifar', '--checkpoint', str(tmp_path / 'run/last.safetensors'), '--data', 'digits'])
+        == 1
+    )
+    assert 'not of resnet14_cifar' in capsys.readouterr().err
