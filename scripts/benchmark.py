@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from torch.profiler import profile
 
 from timm_weighted_skip import set_fused_merge
 from timm_weighted_skip.analysis.listing import model_cost
+from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
 from timm_weighted_skip.models.blocks import WeightedBottleneck
 
@@ -82,9 +84,8 @@ def plain_of(name: str) -> str:
     for plain, others in BACKBONES.items():
         if name in (plain, *others):
             return plain
-    depth = ''.join(filter(str.isdigit, name))
-    plain = name.removeprefix('awm_').removeprefix('ada')
-    return plain if timm.is_model(plain) else f'resnet{depth}'
+    named = re.search(r'(resnet|densenet)\d[^.]*', name)
+    return named[0] if named and timm.is_model(named[0]) else name
 
 
 class Net:
@@ -94,9 +95,10 @@ class Net:
         torch.manual_seed(0)
         self.name, self.train = name, args.mode == 'train'
         self.fused_norm = args.compile and not args.no_fused_merge
-        size: Any = get_pretrained_cfg_value(name, 'input_size')
-        channels, height, width = size
+        default: Any = get_pretrained_cfg_value(name, 'input_size')
+        channels, height, width = default
         height, width = (args.img_size, args.img_size) if args.img_size else (height, width)
+        self.size = channels, height, width
         batch = args.batch_size or (128 if height <= 32 else 8)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = timm.create_model(name).train(self.train).to(args.device).to(memory_format=layout)
@@ -207,7 +209,7 @@ def compare(names: list[str], args: argparse.Namespace, speed: float) -> list[Ro
     for net, more, kept in zip(nets, extra, saved):
         ratios = [own / plain for own, plain in zip(times[net.name], times[names[0]])]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        cost = model_cost(net.name)
+        cost = model_cost(net.name, net.size)
         ms, bound = statistics.median(times[net.name]), 1 + more / speed / plain_ms
         peak = peak_bytes(net, args.device)
         memory = kept / 2**20, peak / 2**20
@@ -331,9 +333,8 @@ def main() -> int:
         print(f'\n{table(rows, plain)}', flush=True)
         results += rows
     if args.json:
-        args.json.write_text(
-            json.dumps({'setting': setting, 'rows': [asdict(row) for row in results]}, indent=1) + '\n'
-        )
+        figures = {'setting': setting, 'rows': [asdict(row) for row in results]}
+        write_file(args.json, json.dumps(figures, indent=1) + '\n')
     return 0
 
 

@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 
 from timm_weighted_skip.data import load_image_set
+from timm_weighted_skip.files import write_file
 from timm_weighted_skip.train import hook, launcher
 from timm_weighted_skip.train.recipe import load_recipe, recipe_path
 from timm_weighted_skip.train.trainer import Trainer, make_net
@@ -180,7 +181,7 @@ def main() -> int:
     }
     print(', '.join(f'{name} {value}' for name, value in setting.items()), table(rows), sep='\n\n')
     if args.json:
-        args.json.write_text(json.dumps({'setting': setting, 'rows': rows}, indent=1) + '\n')
+        write_file(args.json, json.dumps({'setting': setting, 'rows': rows}, indent=1) + '\n')
     return 0
 
 

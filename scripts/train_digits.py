@@ -24,6 +24,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         parser.error(f'{args.output} exists; remove it first')
+    git = ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD']
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    if not commit:
+        parser.error('a checkpoint says which commit made it; run this in a git checkout')
 
     top1: dict[str, list[float]] = {label: [] for label in MODELS}
     trainers = []
@@ -42,7 +46,6 @@ def main() -> None:
         std=trainers[0].std,
         label_names=[str(digit) for digit in range(10)],
     )
-    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
     results = Results(
         dataset="scikit-learn's digits",
         dataset_id='sklearn-digits',

@@ -93,6 +93,9 @@ def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
         ('adaresnet18_released', 'resnet18_released'),
         ('awm_densenet_bc', 'densenet40_bc_cifar'),
         ('seresnet50', 'resnet50'),
+        ('seresnet18', 'resnet18'),
+        ('awm_resnet14_cifar.digits', 'resnet14_cifar'),
+        ('awm_densenet121', 'densenet121'),
         ('resnet34', 'resnet34'),
     ],
 )

@@ -1,7 +1,7 @@
 """The models of this package in a table: what they cost and which checkpoints there are."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import timm
 import torch
@@ -17,7 +17,7 @@ __all__ = ['ModelCost', 'model_cost', 'model_table']
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model costs at its default input size.
+    """What a model costs.
 
     Attributes:
         params: Trainable parameters.
@@ -35,19 +35,24 @@ class ModelCost:
     tags: list[str]
 
 
-def model_cost(name: str) -> ModelCost:
-    """Count on the meta device: nothing is allocated or computed."""
+def model_cost(name: str, input_size: Optional[tuple[int, int, int]] = None) -> ModelCost:
+    """Count on the meta device: nothing is allocated or computed.
+
+    Args:
+        name: Of a registered model.
+        input_size: (C, H, W); the model's default if None.
+    """
     with torch.device('meta'):
         model = timm.create_model(name).eval()
-        input_size: Any = get_pretrained_cfg_value(name, 'input_size')
-        costs = count_costs(model, torch.empty(1, *input_size))
+        size: Any = input_size or get_pretrained_cfg_value(name, 'input_size')
+        costs = count_costs(model, torch.empty(1, *size))
     try:
         units = len(named_merges(model))
     except ValueError:
         units = 0
     cfgs = get_arch_pretrained_cfgs(name).items()
     tags = [split_model_name_tag(tagged)[1] for tagged, cfg in cfgs if cfg.has_weights]
-    return ModelCost(name, costs.params, costs.macs, units, input_size, tags)
+    return ModelCost(name, costs.params, costs.macs, units, size, tags)
 
 
 def model_table(pattern: str = '*') -> Table:
