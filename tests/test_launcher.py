@@ -161,6 +161,7 @@ def test_device_module_without_a_launcher(script, images, tmp_path):
     [
         (('--alternate-freeze', '-1'), 'period=-1'),
         (('--pad-crop', '-4'), 'pad_crop=-4'),
+        (('-c', 'awm_nope'), "no recipe 'awm_nope'; give a YAML file or one of"),
         (('--alternate-freeze', '3', '--alternate-rule', 'loose'), "'strict', 'released'"),
     ],
 )

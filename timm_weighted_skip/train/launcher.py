@@ -19,7 +19,7 @@ import timm
 
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.train.hook import add_arguments, install
-from timm_weighted_skip.train.recipe import list_recipes, recipe_path
+from timm_weighted_skip.train.recipe import recipe_path
 
 __all__ = ['TIMM_TAG', 'find_script', 'load_script', 'main']
 
@@ -110,14 +110,18 @@ def load_script(path: Path) -> ModuleType:
 
 
 def _name_recipe(arguments: list[str]) -> list[str]:
-    """Put the path of the package's recipe in the place of its name after -c."""
+    """Put the path of the package's recipe in the place of its name after -c.
+
+    Raises:
+        ValueError: There is neither such a recipe nor such a file.
+    """
     replaced = list(arguments)
     for i, argument in enumerate(arguments):
         option, _, value = argument.partition('=')
         if option in ('-c', '--config'):
             where = i if value else i + 1
             name = value or (arguments[where] if where < len(arguments) else '')
-            if name in list_recipes() and not Path(name).exists():
+            if name and not Path(name).is_file():
                 replaced[where] = f'{option}={recipe_path(name)}' if value else str(recipe_path(name))
     return replaced
 
