@@ -89,6 +89,11 @@ def test_statistics_of_gates_over_images_and_classes():
     assert set(by_class) == {(unit, name) for unit in ('layer1.0', 'layer1.1') for name in ('cat', 'eel')}
     assert by_class['layer1.0', 'cat'] == pytest.approx([2, 0.3, 0.01, 0.2, 0.4], abs=1e-6)
 
+    weights = np.float32(0.5) + np.float32(1e-6) * np.random.default_rng(0).normal(size=(50_000, 1))
+    mean, variance = gate_table(collected(weights + 3e-4, [0] * 50_000)).tables['weights'].rows[0][3:5]
+    assert mean == pytest.approx(0.5003, rel=1e-7)  # numpy adds up float32 in float32
+    assert variance == pytest.approx(1e-12, rel=0.1)
+
 
 def test_extremes_are_the_images_of_the_lowest_and_highest_sums():
     weights = [[0.5, 0.5], [0.1, 0.2], [0.9, 0.9], [0.3, 0.1], [0.8, 0.9]]
@@ -184,6 +189,15 @@ def test_a_run_is_read_under_timms_names(tmp_path):
     run = read_run(tmp_path / 'timm')
     assert run.test_top1() == (40, 40)
     assert run.log[1] == {'epoch': 1, 'train_loss': 1.1}
+    with (tmp_path / 'timm' / 'summary.csv').open('a') as file:  # as a resumed run goes on
+        file.write('epoch,train_loss,eval_loss,eval_top1\n1,1.0,0.9,50\n2,0.8,0.7,60\n')
+    run = read_run(tmp_path / 'timm')
+    assert run.log[1:] == [
+        {'epoch': 1, 'train_loss': 1.0, 'eval_loss': 0.9, 'eval_top1': 50},
+        {'epoch': 2, 'train_loss': 0.8, 'eval_loss': 0.7, 'eval_top1': 60},
+    ]
+    with pytest.raises(ValueError, match='a run is given twice'):
+        curves([run, run])
 
 
 def test_a_sweep_averages_over_seeds(tmp_path):
@@ -208,6 +222,12 @@ def test_damaged_and_missing_logs_are_named(tmp_path):
     (tmp_path / 'log.jsonl').write_text('{"epoch": 0}\n{"epo')
     with pytest.raises(ValueError, match='the log cannot be read'):
         read_run(tmp_path)
+    for log, result in (('5', '{}'), ('{"epoch": 0}', '[1]')):
+        (tmp_path / 'log.jsonl').write_text(log)
+        (tmp_path / 'result.json').write_text(result)
+        with pytest.raises(ValueError, match='something else than objects'):
+            read_run(tmp_path)
+    (tmp_path / 'result.json').unlink()
     (tmp_path / 'log.jsonl').write_text('')
     with pytest.raises(ValueError, match='0 epochs'):
         read_run(tmp_path)

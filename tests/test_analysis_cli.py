@@ -147,6 +147,10 @@ def test_curves_of_a_training_of_several_seeds(tmp_path, capsys):
     (tmp_path / 'all' / 'seed1' / 'result.json').write_text(json.dumps(changed))
     assert main(['curves', str(tmp_path / 'all'), '--against', 'recipe.lr']) == 0
     assert 'beside the seed, in: epochs' in capsys.readouterr().out
+    (tmp_path / 'all' / 'args.yaml').write_text('model: awm_resnet14_cifar')
+    (tmp_path / 'all' / 'seed2').mkdir()
+    assert main(['curves', str(tmp_path / 'all')]) == 0
+    assert f'before their first epoch: {tmp_path / "all" / "seed2"}' in capsys.readouterr().out
 
 
 def test_curves_leave_out_runs_without_an_epoch(tmp_path, capsys):
@@ -225,7 +229,10 @@ def half_an_npz(path):
         (lambda f, t: ['inspect', f, '--per-class'], '--per-class needs images'),
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', f + '/config.json'], 'is not a checkpoint'),
         (lambda f, t: ['inspect', 'adaresnet18_released', *npz(t, np.zeros((9, 8, 8), np.uint8))], 'do not depend on'),
-        (lambda f, t: ['variance', '--group', 'a', f, f], 'an AWM net'),
+        (lambda f, t: ['variance', '--group', 'a', f, 'awm_resnet14_cifar.digits'], 'an AWM net'),
+        (lambda f, t: ['variance', '--group', 'a', f, f + '/'], 'a checkpoint is given twice'),
+        (lambda f, t: ['report', f, '--out', str(t)], 'is a folder; give the name of a file'),
+        (lambda f, t: ['quickstart', '--out', f + '/config.json'], 'is a file; give the name of a folder'),
         (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),
         (lambda f, t: ['curves', f], 'neither log.jsonl nor summary.csv'),
         (lambda f, t: ['extremes', f, '--data', 'digits', '--device', 'abacus'], "device 'abacus' is not to be had"),

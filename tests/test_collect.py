@@ -74,6 +74,9 @@ def test_controls_are_read_beside_the_weights():
     x = loader.dataset.tensors[0]
     np.testing.assert_array_equal(got.weights, plain.weights)
     np.testing.assert_array_equal(got.controls['pixels'], x.flatten(1))
+    large = x.repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :40]  # of (64, 40) pixels
+    batches = DataLoader(TensorDataset(large, torch.zeros(len(x))), batch_size=5)
+    assert collect(net, batches, controls=True).controls['pixels'].shape == (len(x), 3 * 32 * 32)
     with torch.no_grad():
         features = net.forward_head(net.forward_features(x), pre_logits=True)
     np.testing.assert_allclose(got.controls['features'], features, atol=1e-5)

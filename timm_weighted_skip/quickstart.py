@@ -69,6 +69,8 @@ def quickstart(epochs: int = 30, period: int = 3, seeds: int = 3, out: Path = Pa
     check_count('epochs', epochs)
     check_count('seeds', seeds)
     AlternateFreezing(period)  # refuses what is no period
+    if out.exists() and not out.is_dir():
+        raise ValueError(f'{out} is a file; give the name of a folder')
     top1: dict[str, list[float]] = {label: [] for label in MODELS}
     for seed in range(seeds):
         for label in MODELS:

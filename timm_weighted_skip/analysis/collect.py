@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from timm.utils import unwrap_model
 from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from timm_weighted_skip.analysis.units import check_nan, eval_mode, gate_weights, gates, mapping_units
 from timm_weighted_skip.layers import Gate
 
 __all__ = ['Collected', 'collect']
+
+PIXELS = 32  # a side
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class _Controls:
         self.features = args[0]
 
     def of(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        values = {'random gates': _columns(self.random, self.concat), 'features': self.features, 'pixels': x.flatten(1)}
+        height, width = (min(size, PIXELS) for size in x.shape[2:])
+        pixels = adaptive_avg_pool2d(x, (height, width)).flatten(1)
+        values = {'random gates': _columns(self.random, self.concat), 'features': self.features, 'pixels': pixels}
         return {name: value.float() for name, value in values.items()}
 
     def close(self) -> None:
@@ -97,7 +102,8 @@ def collect(model: nn.Module, loader: Iterable, controls: bool = False, seed: in
     Args:
         model: An AWM net on any device, compiled or not.
         loader: Batches of images (B, C, H, W) and labels (B,), with the set as its attribute `dataset`.
-        controls: Also keep pixels, features and random gates; these take N times as many numbers as each has.
+        controls: Also keep pixels, features and random gates; these take N times as many numbers as each has. Of
+            images of more than 32 pixels a side, averages over areas are kept, 32 a side (PCA has no time for more).
         seed: Of the random gates.
 
     Raises:

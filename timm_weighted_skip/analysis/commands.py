@@ -71,6 +71,9 @@ def variance_result(args: argparse.Namespace) -> Result:
     """The variance of skip weights within and between groups of checkpoints."""
     groups: dict[str, np.ndarray] = {}
     names: list[str] = []
+    every = [Path(member).resolve() for _, *members in args.group for member in members]
+    if len({*every}) < len(every):
+        raise ValueError('a checkpoint is given twice; give each once')
     for name, *members in args.group:
         if name in groups:
             raise ValueError(f'group {name!r} is given twice; give its checkpoints together')
@@ -101,13 +104,14 @@ def discriminate_result(args: argparse.Namespace) -> Result:
 
 def _of_seeds(folder: Path) -> list[Path]:
     """The runs of a training of several seeds; another folder itself."""
-    return sorted(log.parent for log in folder.glob('seed*/log.jsonl')) or [folder]
+    return sorted(path for path in folder.glob('seed*') if path.is_dir()) or [folder]
 
 
 def curve_result(args: argparse.Namespace) -> Result:
     """Curves of runs or, with `against`, what they end at; of several, those without an epoch are left out."""
     folders = [folder for named in args.runs for folder in _of_seeds(Path(named))]
-    early = [folder for folder in folders if (folder / 'args.yaml').is_file() and not has_log(folder)]
+    begun = [folder for folder in folders if any((of / 'args.yaml').is_file() for of in (folder, folder.parent))]
+    early = [folder for folder in begun if not has_log(folder)]
     runs = [read_run(folder) for folder in folders if folder not in early or early == folders]
     result = sweep(runs, args.against) if args.against else curves(runs, args.error)
     if early:
@@ -118,6 +122,9 @@ def curve_result(args: argparse.Namespace) -> Result:
 def write_report(args: argparse.Namespace) -> Path:
     """Write the HTML page; returns its path."""
     require('jinja2', 'matplotlib')
+    out = Path(args.out)
+    if out.is_dir():
+        raise ValueError(f'{out} is a folder; give the name of a file')
     sections: dict[str, Result] = {}
     folder = Path(args.model)
     # What the folder logged is not of other weights, nor of a net with other arguments.
@@ -140,7 +147,6 @@ def write_report(args: argparse.Namespace) -> Path:
     sections['Weights'] = weights
     if args.data is not None and 'concat' not in collected.kinds:
         sections['Extremes'] = extreme_images(collected, images.classes, images.picture)
-    out = Path(args.out)
     name = folder.resolve().name if folder.exists() else args.model
     name += f' with the weights of {args.checkpoint}' if args.checkpoint else ''
     write_file(out, html_report(f'{name}: weights of the mapping units', sections))

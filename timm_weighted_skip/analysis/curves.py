@@ -8,7 +8,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -69,6 +69,19 @@ def has_log(folder: Path) -> bool:
     return (folder / 'log.jsonl').is_file() or (folder / 'summary.csv').is_file()
 
 
+def _timm_log(rows: Iterable[dict[str, str]]) -> list[dict[str, float]]:
+    """The epochs of timm's summary.csv. A run that was resumed goes on below a second header, from where it went on."""
+    log: list[dict[str, float]] = []
+    for row in rows:
+        if row.get('epoch') == 'epoch':
+            continue
+        entry = {name: float(value) for name, value in row.items() if value}
+        if 'epoch' in entry:
+            log = [before for before in log if before.get('epoch', -1) < entry['epoch']]
+        log.append(entry)
+    return log
+
+
 def read_run(folder: Union[str, Path]) -> Run:
     """Read `log.jsonl` and `result.json`, or the `summary.csv` that timm's train.py writes.
 
@@ -83,10 +96,12 @@ def read_run(folder: Union[str, Path]) -> Run:
             log = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
         elif summary.is_file():
             with summary.open(newline='') as file:
-                log = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+                log = _timm_log(csv.DictReader(file))
         else:
             raise FileNotFoundError(f'{folder} has neither log.jsonl nor summary.csv; give the folder of a run')
         outcome = json.loads(result.read_text()) if result.is_file() else {}
+        if not all(isinstance(entry, dict) for entry in (*log, outcome)):
+            raise ValueError('it has something else than objects')
     except ValueError as error:
         raise ValueError(f'{folder}: the log cannot be read: {error}') from error
     if not log or any('epoch' not in entry for entry in log):
@@ -95,13 +110,22 @@ def read_run(folder: Union[str, Path]) -> Run:
     return Run(folder, [{**entry, 'epoch': int(entry['epoch'])} for entry in log], outcome)
 
 
+def _check_distinct(runs: Sequence[Run]) -> None:
+    if len({run.folder for run in runs}) < len(runs):
+        raise ValueError('a run is given twice; give each once')
+
+
 def curves(runs: Sequence[Run], error: bool = False) -> Result:
     """Accuracy and loss of every epoch.
 
     Args:
         runs: One or more.
         error: Draw the error, 100 % less the accuracy.
+
+    Raises:
+        ValueError: A run is given twice.
     """
+    _check_distinct(runs)
     names = _names(runs)
     columns = ['run', 'epoch', 'phase', *_CURVES]
     epochs = [
@@ -133,8 +157,7 @@ def sweep(runs: Sequence[Run], against: str) -> Result:
     """
     x: Any
     cells: dict[tuple[str, float], list[Run]] = {}
-    if len({run.folder for run in runs}) < len(runs):
-        raise ValueError('a run is given twice; give each once')
+    _check_distinct(runs)
     for run in runs:
         model = series = _field(run, 'model')
         if against == 'depth':

@@ -69,7 +69,7 @@ def gate_table(collected: Collected, classes: Optional[Sequence[str]] = None) ->
         collected: The images' weights.
         classes: Names of the classes, to tell the images' classes apart as well.
     """
-    weights = collected.weights
+    weights = collected.weights.astype(np.float64)  # sums of many nearly equal numbers lose digits in float32
     about: dict[str, Any] = {
         'images': len(weights),
         'weights': len(collected.units),
@@ -94,7 +94,7 @@ def gate_table(collected: Collected, classes: Optional[Sequence[str]] = None) ->
         means = np.stack([w.mean(0) for w in of_class]) - collected.identity
         names = [classes[k] for k in present]
         result.tables['classes'] = Table(columns, rows)
-        result.figures['classes'] = lambda: _draw_classes(means, names, collected.units)
+        result.figures['classes'] = lambda: _draw_classes(means, names, collected)
     return result
 
 
@@ -121,10 +121,9 @@ def _draw_rounds(units: Sequence[MappingUnit], w: np.ndarray) -> 'Figure':
 def _draw_gates(collected: Collected) -> 'Figure':
     figure = new_figure(height=3.2)
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(2, 1))
-    weights, number = collected.weights, np.arange(1, len(collected.units) + 1)
+    weights, number = collected.weights.astype(np.float64), np.arange(1, len(collected.units) + 1)
     hue, accent = colour(0)[0], colour(1)[0]
-    dense = 'concat' in collected.kinds
-    symbol = r'$\lambda_k$' if dense else r'$\lambda_1$'
+    symbol, what = _terms(collected)
     top.fill_between(
         number, weights.min(0), weights.max(0), color=hue, alpha=0.2, linewidth=0, label='least to greatest'
     )
@@ -136,21 +135,27 @@ def _draw_gates(collected: Collected) -> 'Figure':
     top.legend(ncols=3, loc='upper center', bbox_to_anchor=(0.5, 1.32), columnspacing=1)
     bottom.bar(number, weights.var(0), color=accent)
     bottom.set_ylabel(f'variance of {symbol}')
-    bottom.set_xlabel('connection (number)' if dense else 'mapping unit (number)')
+    bottom.set_xlabel(f'{what} (number)')
     return figure
 
 
+def _terms(collected: Collected) -> tuple[str, str]:
+    """Symbol of a weight, and what has one."""
+    return (r'$\lambda_k$', 'connection') if 'concat' in collected.kinds else (r'$\lambda_1$', 'mapping unit')
+
+
 @styled
-def _draw_classes(means: np.ndarray, classes: Sequence[str], units: Sequence[str]) -> 'Figure':
-    figure = new_figure(height=min(9.0, 1.2 + 0.13 * len(classes)))
+def _draw_classes(means: np.ndarray, classes: Sequence[str], collected: Collected) -> 'Figure':
+    units, (symbol, what) = collected.units, _terms(collected)
+    figure = new_figure(height=min(9.0, max(2.4, 1.2 + 0.13 * len(classes))))
     axes = figure.subplots()
     limit = max(float(np.abs(means).max()), 1e-6)
     extent = (0.5, len(units) + 0.5, len(classes) - 0.5, -0.5)
     image = axes.imshow(means, cmap='PuOr', vmin=-limit, vmax=limit, aspect='auto', extent=extent, interpolation='none')
     label_units(axes, units)
     axes.set_yticks(range(len(classes)), map(literal, classes), fontsize=7 if len(classes) <= 20 else 4)
-    axes.set_xlabel('mapping unit (number)')
+    axes.set_xlabel(f'{what} (number)')
     axes.set_ylabel('class')
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label(r'mean $\lambda_1$ minus the plain net' + "'s")
+    bar.set_label(f"mean {symbol} minus the plain net's")
     return figure
