@@ -73,13 +73,14 @@ def literal(text: str) -> str:
     return text.replace('$', r'\$')
 
 
-def label_units(axes: 'Axes', units: Sequence[str], names: bool = True) -> None:
+def label_units(axes: 'Axes', units: Sequence[str], names: bool = True, letter: float = 0.02) -> None:
     """Number the mapping units 1..U on the x axis, part the net's stages by lines and name those that are wide enough.
 
     Args:
         axes: With unit number u drawn at x = u.
         units: Their names.
         names: Write the stages' names on top.
+        letter: Share of the axes' width that a letter takes; more than the usual one beside a colour bar.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -90,7 +91,7 @@ def label_units(axes: 'Axes', units: Sequence[str], names: bool = True) -> None:
         width = len(list(members))
         if start > 0.5:
             axes.axvline(start, color='0.85', linewidth=0.6, zorder=0)
-        if names and width > 0.02 * (len(stage) + 1) * len(units):  # a letter is a fiftieth of a column
+        if names and width > letter * (len(stage) + 1) * len(units):
             axes.text(start + width / 2, 1.01, stage, transform=axes.get_xaxis_transform(), ha='center', va='bottom',
                       fontsize=7, color='0.35')  # fmt: skip
         start += width
