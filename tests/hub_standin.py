@@ -39,7 +39,10 @@ class Repo:
 
 @dataclass
 class Fault:
-    """Answers requests whose 'METHOD path' matches `pattern` with a status, 'drop' or 'truncate', `times` times."""
+    """Answers requests whose 'METHOD path' matches `pattern`, `times` times.
+
+    `action`: a status, 'drop', 'truncate', or 'page', as of a proxy.
+    """
 
     pattern: str
     action: Any
@@ -112,6 +115,9 @@ class Requests(BaseHTTPRequestHandler):
                 return
             self.truncate = fault.action == 'truncate'
         body = self.rfile.read(length)
+        if active and fault.action == 'page':
+            self.reply(200, b'<html>Log in to go on.</html>')
+            return
         if active and not self.truncate:
             self.reply(fault.action, {'error': f'told to answer {fault.action}'})
             return

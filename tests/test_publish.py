@@ -106,6 +106,8 @@ def test_publishing_again_makes_no_commit_until_something_changes(hub, folder, t
     [
         ('POST /api/repos/create', 401, 'the token is not valid'),
         ('POST /api/repos/create', 'drop', 'could not be reached'),
+        ('POST /api/repos/create', 'page', 'no answer of the Hub'),
+        ('POST .*/commit', 'page', 'no answer of the Hub'),
         ('POST .*/preupload', 403, 'no right to write'),
         ('POST .*/lfs/objects/batch', 429, 'too many requests'),
         ('PUT /lfs', 'drop', 'could not be reached'),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Optional
 
@@ -42,6 +43,8 @@ def read_token(file: Optional[Path] = None) -> str:
 
 def _reason(error: BaseException) -> str:
     """One line on what failed; the server's own words where it gave some."""
+    if isinstance(error, JSONDecodeError):
+        return 'the answer is no answer of the Hub; is there a proxy, or another server at HF_ENDPOINT?'
     cause: Optional[BaseException] = error
     while cause is not None:
         response = getattr(cause, 'response', None)
@@ -113,7 +116,8 @@ def publish(
     token = token or read_token()
     api = HfApi(token=token, library_name='timm-weighted-skip')
     # httpx's errors derive from its own base class, those of requests from OSError.
-    wire_errors: tuple[type[Exception], ...] = (OSError, RuntimeError, *HfHubHTTPError.__bases__)  # type: ignore[assignment]
+    http_errors: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
+    wire_errors: tuple[type[Exception], ...] = (OSError, RuntimeError, JSONDecodeError, *http_errors)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         before = api.repo_info(repo_id)
