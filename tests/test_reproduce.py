@@ -52,6 +52,21 @@ def reproduce(folder, *args):
     return process.returncode, out, err
 
 
+@pytest.fixture
+def called(modules, monkeypatch, capsys):
+    """Runs the script in this process, which is faster where nothing is trained; gives the status and what it says."""
+    import reproduce
+
+    def call(folder, *args):
+        monkeypatch.setattr('sys.argv', ['reproduce.py', '--manifest', str(folder / 'manifest.yaml'), *args])
+        monkeypatch.chdir(folder)
+        return reproduce.main(), ''.join(capsys.readouterr())
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
 def test_every_run_of_the_manifest_is_a_command_that_asks_for_it(modules):
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
     for job in manifest.jobs():
@@ -72,15 +87,15 @@ def test_a_checkpoint_directory_has_one_run(modules):
     assert len({(run.model, run.data) for run in runs}) == len(runs)
 
 
-def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, modules, capsys):
+def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, modules, called):
     (tmp_path / 'manifest.yaml').write_text(MANIFEST)
     status, out, err = reproduce(tmp_path, '--only', '*/seed0')
     assert (status, '2 runs finished, 0 failed, 0 left' in out) == (0, True), err
     status, out, err = reproduce(tmp_path)
     assert (status, '2 runs finished' in out) == (0, True), err  # those of seed 1
-    assert 'nothing to do' in reproduce(tmp_path)[1]
-    status, _, err = reproduce(tmp_path, '--only', '*/seed2')
-    assert (status, "no run matches --only '*/seed2'" in err) == (1, True)
+    assert 'nothing to do' in called(tmp_path)[1]
+    status, said = called(tmp_path, '--only', '*/seed2')
+    assert (status, "no run matches --only '*/seed2'" in said) == (1, True)
 
     read_manifest, report = modules[0].read_manifest, modules[1]
     manifest = read_manifest(tmp_path / 'manifest.yaml')
@@ -96,8 +111,8 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     readme.write_text(
         ''.join(f'<!-- {name} -->\nold\n<!-- /{name} -->\nkept\n' for name in ('checkpoints', 'reproduction'))
     )
-    status, _, err = reproduce(tmp_path, '--report')  # of its own manifest: no README but the repository's is written
-    assert (status, readme.read_text().count('old')) == (0, 2), err
+    # Of another manifest than the repository's the README is left alone.
+    assert (called(tmp_path, '--report'), readme.read_text().count('old')) == ((0, ''), 2)
     text = sections.read_text()
     assert text.count('kept') == 3
     assert '<!-- small -->\n## Two small nets on digits\n\n| run |' in text
@@ -107,7 +122,7 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     assert sections.read_text() == text  # the same results, the same report
 
     cards = tmp_path / 'hub_cards'
-    assert reproduce(tmp_path, '--checkpoints')[0] == 0
+    assert called(tmp_path, '--checkpoints', '--runs', 'runs')[0] == 0
     (folder,) = cards.iterdir()
     assert folder.name == 'awm_resnet14_cifar.digits'
     validate_checkpoint(folder)
@@ -147,18 +162,18 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     assert (folder / 'config.json').read_bytes() == config
 
 
-def test_what_was_trained_otherwise_is_not_this_run(tmp_path, modules):
+def test_what_was_trained_otherwise_is_not_this_run(tmp_path, called):
     (tmp_path / 'manifest.yaml').write_text(MANIFEST)
     assert reproduce(tmp_path, '--only', '*/plain/seed0')[0] == 0
     result = tmp_path / 'results/small/plain.seed0.json'
     (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('epochs: 2', 'epochs: 3'))
     for option in ('--list', '--report'):
-        status, _, err = reproduce(tmp_path, option)
-        assert (status, f'{result} is of another training than small/plain/seed0: epochs 2, not 3' in err) == (1, True)
+        status, said = called(tmp_path, option)
+        assert (status, f'{result} is of another training than small/plain/seed0: epochs 2, not 3' in said) == (1, True)
     result.unlink()
-    status, out, err = reproduce(tmp_path, '--only', '*/plain/seed0')  # nor does its folder become one
-    assert (status, '0 runs finished, 1 failed, 0 left' in out) == (1, True), err
-    assert 'seed0 is of another training than small/plain/seed0: epochs 2, not 3; remove it first' in err
+    status, said = called(tmp_path, '--only', '*/plain/seed0', '--runs', 'runs')  # nor does its folder become one
+    assert (status, '0 runs finished, 1 failed, 0 left' in said) == (1, True)
+    assert 'seed0 is of another training than small/plain/seed0: epochs 2, not 3; remove it first' in said
     assert not result.exists()
 
 
