@@ -151,3 +151,5 @@ def test_what_is_no_image_set_is_refused_in_one_line(tmp_path):
     refused('uint8', 'e')
     with pytest.raises(ValueError, match='--data-dir'):
         load_image_set('cifar10', True)
+    with pytest.raises(ValueError, match='smaller --batch-size'):
+        next(Batches(image_set(), 21, MEAN, STD).shuffled(0, 0))

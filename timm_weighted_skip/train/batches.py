@@ -4,6 +4,7 @@ Shapes: N images, B of a batch, H x W pixels, C channels.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Union
 
 import torch
@@ -80,8 +81,23 @@ class Batches:
             centre = torch.full_like(index, self.pad_crop)
             yield self._take(index, centre, centre, torch.zeros_like(index, dtype=torch.bool))
 
+    def whole(self) -> int:
+        """Number of an epoch's whole batches.
+
+        Raises:
+            ValueError: A batch has more images than there are.
+        """
+        if self.batch_size > len(self):
+            raise ValueError(f'a batch of {self.batch_size} from {len(self)} images; give a smaller --batch-size')
+        return len(self) // self.batch_size
+
     def shuffled(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The epoch's whole batches from number `start` on, shuffled and augmented; the images over are left out."""
+        """The epoch's whole batches from number `start` on, shuffled and augmented; the few images over are left out.
+
+        Raises:
+            ValueError: As `whole`.
+        """
+        whole = self.whole()
         generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
         drawn = (
             torch.randperm(len(self), generator=generator),
@@ -89,6 +105,5 @@ class Batches:
             torch.rand(len(self), generator=generator) < self.hflip,
         )
         batches = zip(*(values.to(self.images.device).split(self.batch_size) for values in drawn))
-        for number, batch in enumerate(batches):
-            if number >= start and len(batch[0]) == self.batch_size:
-                yield self._take(*batch)
+        for batch in islice(batches, start, whole):
+            yield self._take(*batch)

@@ -200,11 +200,7 @@ class Trainer:
 
         augmentation = (0, 0.0) if recipe.no_aug else (recipe.pad_crop, recipe.hflip)
         self.train_batches, self.test_batches = batches(train, *augmentation), batches(test)
-        self.batches_per_epoch = len(train.labels) // recipe.batch_size
-        if not self.batches_per_epoch:
-            raise ValueError(
-                f'a batch of {recipe.batch_size} from {len(train.labels)} images; give a smaller --batch-size'
-            )
+        self.batches_per_epoch = self.train_batches.whole()
         if recipe.grad_accum_steps > self.batches_per_epoch:
             raise ValueError(
                 f'grad_accum_steps={recipe.grad_accum_steps} is more than an epoch of {self.batches_per_epoch} batches'
