@@ -115,7 +115,7 @@ def train(manifest: Manifest, args: argparse.Namespace) -> int:
         print(f'nothing to do: every run that matches {args.only!r} is finished')
         return 0
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    deadline = time.monotonic() + 60 * args.budget if args.budget is not None else float('inf')
+    deadline = time.monotonic() + 60 * args.budget
     waiting, active, failed, done = list(jobs), list[Process](), list[str](), 0
     # An epoch counts as much as its net computes, so that the time left is that of the work left.
     macs = {model: model_cost(model).macs for model in {job.run.model for job in jobs}}
@@ -174,7 +174,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--manifest', type=Path, default=MANIFEST, metavar='FILE')
     parser.add_argument('--only', default='*', metavar='GLOB', help='of EXPERIMENT/RUN/seedN')
-    parser.add_argument('--budget', type=float, metavar='MINUTES', help='stop and save after this time')
+    parser.add_argument(
+        '--budget', type=float, default=float('inf'), metavar='MINUTES', help='stop and save after this time'
+    )
     parser.add_argument('--device', default='cpu', help='default: %(default)s')
     parser.add_argument('--data-dir', type=Path, metavar='DIR', help='where the image sets are')
     parser.add_argument('--jobs', type=int, metavar='N',
@@ -188,7 +190,7 @@ def main() -> int:
         args.jobs = (os.cpu_count() or 1) if args.device == 'cpu' else 1
     if args.jobs < 1:
         parser.error(f'--jobs {args.jobs} is not allowed; give 1 or more')
-    if args.budget is not None and not args.budget > 0:
+    if not args.budget > 0:
         parser.error(f'--budget {args.budget} is not allowed; give more than 0')
     # README and hub_cards of the repository are of its own manifest.
     home = ROOT if args.manifest.resolve() == MANIFEST else args.manifest.parent

@@ -171,9 +171,10 @@ def _check(run: Run, runs: dict[str, Run]) -> None:
     if run.baseline not in runs or run.baseline == run.name:
         raise ValueError(f'baseline {run.baseline!r} is no other run of {run.experiment}')
     plain = runs[run.baseline]
-    if (plain.data, plain.epochs(), plain.seeds) != (run.data, run.epochs(), run.seeds):
+    if (plain.data, plain.recipe, plain.epochs(), plain.seeds) != (run.data, run.recipe, run.epochs(), run.seeds):
         raise ValueError(
-            f'baseline {run.baseline} is not trained on the same data, for as many epochs, with the same seeds'
+            f'baseline {run.baseline} is not trained on the same data by the same recipe, for as many epochs, with the '
+            'same seeds'
         )
 
 

@@ -81,6 +81,21 @@ def test_every_run_of_the_manifest_is_a_command_that_asks_for_it(modules):
         assert task.recipe == job.run.recipe_of(job.seed)
 
 
+def test_baselines_are_trained_as_long_on_the_same_data(modules):
+    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
+    compared = [
+        (e.runs[run.baseline], run) for e in manifest.experiments.values() for run in e.runs.values() if run.baseline
+    ]
+    assert len(compared) > 20
+    for plain, run in compared:
+        assert (plain.data, plain.recipe, plain.epochs(), plain.seeds) == (
+            run.data,
+            run.recipe,
+            run.epochs(),
+            run.seeds,
+        )
+
+
 def test_a_checkpoint_directory_has_one_run(modules):
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
     runs = [run for e in manifest.experiments.values() for run in e.runs.values() if run.checkpoint]
