@@ -12,19 +12,8 @@ from timm_weighted_skip.train.runs import read_run
 
 def train(folder, *more):
     """The exit status of a short run in `folder`/run."""
-    base = [
-        '--model',
-        'awm_resnet14_cifar',
-        '--data',
-        'digits',
-        '--epochs',
-        '1',
-        '--batch-size',
-        '256',
-        '--lr',
-        '0.001',
-    ]
-    return main(['train', *base, '--output', str(folder), '--experiment', 'run', *more])
+    base = '--model awm_resnet14_cifar --data digits --epochs 1 --batch-size 256 --lr 0.001'
+    return main(['train', *base.split(), '--output', str(folder), '--experiment', 'run', *more])
 
 
 @pytest.mark.parametrize(
@@ -84,10 +73,8 @@ def test_a_net_from_weights_of_ones_own_can_be_loaded_again(tmp_path, capsys):
 def test_weights_that_began_as_a_tags_go_by_their_models_name(tmp_path, capsys):
     name = 'awm_resnet14_cifar.digits'
     assert train(tmp_path, '--model', name, '--pretrained') == 0
+    weights = ['--checkpoint', str(tmp_path / 'run/last.safetensors'), '--data', 'digits']
     for model in (name, 'awm_resnet14_cifar'):
-        assert main(['eval', model, '--checkpoint', str(tmp_path / 'run/last.safetensors'), '--data', 'digits']) == 0
-    assert (
-        main(['eval', 'resnet14_cifar', '--checkpoint', str(tmp_path / 'run/last.safetensors'), '--data', 'digits'])
-        == 1
-    )
+        assert main(['eval', model, *weights]) == 0
+    assert main(['eval', 'resnet14_cifar', *weights]) == 1
     assert 'not of resnet14_cifar' in capsys.readouterr().err
