@@ -1,11 +1,16 @@
 """What several tests need."""
 
+import signal
+
 import pytest
 import torch
 from torch import nn
 
 from timm_weighted_skip import set_fused_merge
 from timm_weighted_skip.layers import ActiveWeightedMapping, SkipWeight
+
+# A job in the background of a shell ignores Ctrl-C, and so would all processes that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
