@@ -11,7 +11,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 NETS = {
     'awm_resnet14_cifar': {},
     'adaresnet14_cifar': {},
-    'awm_densenet22_bc_cifar': dict(block_config=(2, 2, 2)),
+    'awm_densenet22_bc_cifar': {},
     'adaresnet18_released': {},
     'awm_resnet50': dict(layers=(1, 1, 1, 1)),
 }
