@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 from timm.models import is_model
 
+from timm_weighted_skip.hub.config import args_beside_weights
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml, recipe_arguments
 
@@ -166,6 +167,9 @@ def _check(run: Run, runs: dict[str, Run]) -> None:
         raise ValueError(f'seeds {list(run.seeds)}; give one or more integers, each once')
     if run.paper is not None and not isinstance(run.paper, (int, float)):
         raise ValueError(f'paper {run.paper!r}; give an accuracy in %')
+    args = args_beside_weights(run.recipe_of(0).model_kwargs)
+    if run.checkpoint and args:
+        raise ValueError(f'checkpoint: true, but {args} make another net than {run.model}; leave one of them out')
     if run.baseline is None:
         return
     if run.baseline not in runs or run.baseline == run.name:

@@ -12,6 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from checkpoints import NAME, make_checkpoint, results, trained_net
+from conftest import randomise
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -19,7 +20,7 @@ from timm_weighted_skip import cli
 from timm_weighted_skip.convert import to_awm
 from timm_weighted_skip.hub import Results, save_checkpoint, validate_checkpoint
 from timm_weighted_skip.hub.card import model_card
-from timm_weighted_skip.models.pretrained import HUB_OWNER
+from timm_weighted_skip.models.pretrained import HUB_OWNER, staged_cfgs
 from timm_weighted_skip.nets import Trained, load_net
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -76,6 +77,21 @@ def test_nets_of_other_arguments(tmp_path, name, args):
     config = timm.data.resolve_model_data_config(loaded)
     transform = timm.data.create_transform(**config)  # as the card has it
     assert transform(image.convert('L' if x.shape[1] == 1 else 'RGB')).shape == tuple(config['input_size'])
+
+
+@torch.no_grad()
+def test_where_learned_weights_started_is_in_the_weights(tmp_path):
+    net = randomise(timm.create_model('adaresnet14_cifar', skip_init=1.0)).eval()
+    folder = save_checkpoint(net, tmp_path / 'adaresnet14_cifar.mine', model_args={'skip_init': 1.0})
+    assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(IMAGE), net(IMAGE))
+    assert staged_cfgs(tmp_path, ['adaresnet14_cifar']).keys() == {folder.name}  # it is the name's checkpoint
+    # A net with arguments that make another net of it is not.
+    fixed = {'skip_init': 1.0, 'skip_fixed': True}
+    save_checkpoint(
+        timm.create_model('adaresnet14_cifar', **fixed), tmp_path / 'adaresnet14_cifar.fixed', model_args=fixed
+    )
+    assert json.loads((tmp_path / 'adaresnet14_cifar.fixed/config.json').read_text())['model_args'] == fixed
+    assert staged_cfgs(tmp_path, ['adaresnet14_cifar']).keys() == {folder.name}
 
 
 @torch.no_grad()

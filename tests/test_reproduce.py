@@ -257,6 +257,7 @@ def test_out_of_time_it_saves_and_says_what_is_left(tmp_path):
         (('    seeds:', '    tittle: Nets\n    seeds:'), 'experiment small: unknown tittle'),
         (('    seeds:', '    against: lr\n    seeds:'), "against 'lr'; give depth or recipe.FIELD"),
         (('experiments:', 'variance: {a: small/awn}\nexperiments:'), "variance a: 'small/awn' is no EXPERIMENT/RUN"),
+        (('{alternate_freeze: 1}', '{model_kwargs: {hidden: 8}}'), "{'hidden': 8} make another net than awm_"),
         (('model: resnet14_cifar', 'model: resnet15_cifar'), "no model 'resnet15_cifar'"),
         (('recipe: awm_cifar_short', 'recipe: awm'), "no recipe 'awm'"),
         (('seeds: [0, 1]', 'seed: 0'), 'small'),

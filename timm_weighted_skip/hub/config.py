@@ -10,7 +10,7 @@ from typing import Any, Optional
 from timm.models import filter_pretrained_cfg, is_model
 from torch import nn
 
-__all__ = ['FILES', 'SAMPLE', 'Results', 'model_config', 'one_line', 'read_json']
+__all__ = ['FILES', 'SAMPLE', 'Results', 'args_beside_weights', 'model_config', 'one_line', 'read_json']
 
 # In a folder of its own: some versions of timm can't choose between two safetensors files side by side.
 SAMPLE = 'sample/logits.safetensors'
@@ -133,6 +133,11 @@ def accuracy(top1: list[float]) -> str:
     return f'{math.fsum(top1) / len(top1):.2f}{spread} (n={len(top1)})'
 
 
+def args_beside_weights(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Those of a net's arguments that it is rebuilt with; where learned weights started is in the weights no more."""
+    return {k: v for k, v in model_args.items() if k != 'skip_init' or model_args.get('skip_fixed')}
+
+
 def model_config(
     model: nn.Module, model_args: Optional[dict[str, Any]] = None, results: Optional[Results] = None
 ) -> dict[str, Any]:
@@ -173,8 +178,8 @@ def model_config(
         'num_features': model.num_features,
         'pretrained_cfg': cfg,
     }
-    if model_args:
-        config['model_args'] = model_args
+    if args := args_beside_weights(model_args or {}):
+        config['model_args'] = args
     if results:
         config['results'] = results.to_dict()
         cfg['license'] = results.license or cfg.get('license') or 'apache-2.0'
