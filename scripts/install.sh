@@ -8,7 +8,6 @@ stamp=.venv/installed-$extra
 if [ ! "$stamp" -nt pyproject.toml ]; then
     echo "installing timm-weighted-skip[$extra] into .venv (torch is large: this can take minutes)" >&2
     "${PYTHON:-python3}" -m venv .venv
-    # Without bytecode: most of what torch brings is never imported, and the rest is compiled as it is.
-    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[$extra]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"
     touch "$stamp"
 fi
