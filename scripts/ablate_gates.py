@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """What a trained AWM net owes to its gates: its test accuracy with other weights in their place, all else unchanged.
 
-    scripts/ablate_gates.py awm_resnet20_cifar.cifar10 --data cifar10 --data-dir DIR
+    scripts/ablate_gates.py awm_resnet20_cifar.cifar10 --data cifar10 --data-dir DIR --recipe awm_cifar_short
 
 `mean` gives every image the mean of the weights over the training images, `plain` the weights of the plain net. A batch
 norm's running statistics fit the weights that they were taken with, so each accuracy comes twice: with the statistics
-of the checkpoint and with those of all training images, taken anew under the weights in question.
+of the checkpoint, and with those of an epoch of training images, augmented as the recipe has it, under the weights in
+question.
 """
 
 import argparse
@@ -14,30 +15,39 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader
 
-from timm_weighted_skip.analysis.data import load_images
 from timm_weighted_skip.analysis.tables import Table
 from timm_weighted_skip.analysis.units import eval_mode, gate_weights, gates
+from timm_weighted_skip.data import SETS, ImageSet, load_image_set
 from timm_weighted_skip.nets import load_net
+from timm_weighted_skip.train.batches import Batches
+from timm_weighted_skip.train.recipe import Recipe, load_recipe
+from timm_weighted_skip.train.runs import evaluate_on
 
 Weights = dict[str, torch.Tensor]  # unit name -> (K,), with a sum of 1
 
 
+def training_batches(model: nn.Module, data: ImageSet, recipe: Recipe) -> Batches:
+    augmentation = (0, 0.0) if recipe.no_aug else (recipe.pad_crop, recipe.hflip)
+    config: Any = model.pretrained_cfg
+    return Batches(data, recipe.batch_size, config['mean'], config['std'], 'cpu', *augmentation)
+
+
 @torch.no_grad()
-def mean_weights(model: nn.Module, loader: DataLoader) -> Weights:
-    """The weights' means over the images of `loader`."""
+def mean_weights(model: nn.Module, batches: Batches) -> Weights:
+    """The weights' means over an epoch of training images."""
     sums = {name: torch.zeros((), dtype=torch.float64) for name in gates(model)}
     with eval_mode(model), gate_weights(model) as lam:
-        for x, _ in loader:
+        for x, _ in batches.shuffled(seed=0, epoch=0):
             model(x)
             for name, weight in lam.items():
                 sums[name] = sums[name] + weight.double().sum(0)
-    return {name: total / len(loader.dataset) for name, total in sums.items()}  # type: ignore[arg-type]
+    return {name: total / total.sum() for name, total in sums.items()}
 
 
 def plain_weights(model: nn.Module) -> Weights:
@@ -60,51 +70,40 @@ def held(model: nn.Module, weights: Weights) -> Iterator[None]:
             handle.remove()
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, loader: DataLoader) -> float:
-    """In percent."""
-    with eval_mode(model):
-        hits = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in loader)
-    return 100 * hits / len(loader.dataset)  # type: ignore[arg-type]
-
-
-def ablate(model: nn.Module, train: DataLoader, test: DataLoader) -> Table:
-    """Accuracies on `test` per kind of weights, with the net's own running statistics and with new ones of `train`.
+def ablate(model: nn.Module, batches: Batches, test: ImageSet) -> Table:
+    """Accuracies in % per kind of weights, with the net's own running statistics and with new ones of `batches`.
 
     Raises:
-        ValueError: The net has no gates.
+        ValueError: The net has no gates, or does not fit the images.
     """
     if not gates(model):
         raise ValueError(f"{type(model).__name__}'s weights are not inferred; give an AWM net")
     rows = []
     for kind, weights in (
         ('inferred', Weights()),
-        ('mean', mean_weights(model, train)),
+        ('mean', mean_weights(model, batches)),
         ('plain', plain_weights(model)),
     ):
         net = copy.deepcopy(model)
         with held(net, weights):
-            stored = accuracy(net, test)
-            update_bn(train, net)
-            rows.append([kind, stored, accuracy(net, test)])
+            stored = evaluate_on(net, test)['top1']
+            update_bn(batches.shuffled(seed=0, epoch=0), net)
+            rows.append([kind, stored, evaluate_on(net, test)['top1']])
     return Table(['weights', 'stored statistics', 'new statistics'], rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('model', metavar='NET', help='as of weighted-skip eval: a name, a directory or a run')
+    parser.add_argument('model', metavar='NET', help='a name, a directory or a run, as of weighted-skip eval')
     parser.add_argument('--checkpoint', type=Path, metavar='FILE', help="weights in place of the net's own")
-    parser.add_argument('--data', required=True, help='as of weighted-skip eval')
+    parser.add_argument('--data', required=True, choices=SETS)
     parser.add_argument('--data-dir', type=Path, metavar='DIR', help='where the data lies')
-    parser.add_argument('--batch-size', type=int, default=128, metavar='N', help='default: %(default)s')
+    parser.add_argument('--recipe', required=True, help='by which it was trained, of the names of weighted-skip train')
     args = parser.parse_args()
     try:
         model = load_net(args.model, args.checkpoint, need_weights=True)
-        train, test = (
-            load_images(args.data, model, args.data_dir, split).loader(args.batch_size)
-            for split in ('train', 'validation')
-        )
-        print(ablate(model, train, test).text())
+        train, test = (load_image_set(args.data, train, args.data_dir) for train in (True, False))
+        print(ablate(model, training_batches(model, train, load_recipe(args.recipe)), test).text())
     except (ValueError, OSError) as error:
         print(f'ablate_gates: {error}', file=sys.stderr)
         return 1

@@ -1,6 +1,5 @@
 """`scripts/ablate_gates.py`: other weights in the gates' place, and nothing else."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import timm
 import torch
 from conftest import randomise
 
-from timm_weighted_skip import cli
-from timm_weighted_skip.analysis.collect import collect
-from timm_weighted_skip.analysis.data import load_images
 from timm_weighted_skip.analysis.units import mapping_units
+from timm_weighted_skip.data import load_image_set
 from timm_weighted_skip.nets import load_net
+from timm_weighted_skip.train.recipe import load_recipe
+from timm_weighted_skip.train.runs import evaluate_on
 
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
 NAME = 'awm_resnet14_cifar.digits'
@@ -47,26 +46,29 @@ def test_held_gates_give_every_image_the_same_weights(script, name):
     assert not torch.allclose(plain(x), before)
 
 
-def test_means_are_those_of_the_images(script):
-    net = load_net(NAME)
-    loader = load_images('digits', net).loader()
-    collected = collect(net, loader)
-    means = script.mean_weights(net, loader)
-    assert [float(lam[0]) for lam in means.values()] == pytest.approx(collected.weights.mean(0))
-    assert all(float(lam.sum()) == pytest.approx(1) for lam in means.values())
+@pytest.fixture
+def digits(script):
+    """The net of the package, an epoch's batches of what it was trained on, and its test images."""
+    net, recipe = load_net(NAME), load_recipe('awm_cifar_short', batch_size=32, no_aug=True)
+    train, test = (load_image_set('digits', train) for train in (True, False))
+    return net, script.training_batches(net, train, recipe), test
 
 
-def test_the_table_begins_with_the_net_as_it_is(script, capsys):
-    assert cli.main(['eval', NAME, '--data', 'digits']) == 0
-    top1 = json.loads(capsys.readouterr().out)['top1']
-    net = load_net(NAME)
+def test_means_are_those_of_the_images(script, digits):
+    net, batches, _ = digits
+    lam = [unit.weight for unit in mapping_units(net, torch.cat([x for x, _ in batches.shuffled(0, 0)]))]
+    means = script.mean_weights(net, batches)
+    assert torch.allclose(torch.stack(list(means.values())).float(), torch.stack([unit.mean(0) for unit in lam]))
+
+
+def test_the_table_begins_with_the_net_as_it_is(script, digits):
+    net, _, test = digits
     state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
-    loaders = [load_images('digits', net, split=split).loader() for split in ('train', 'validation')]
-    rows = script.ablate(net, *loaders).rows
+    rows = script.ablate(*digits).rows
     assert [row[0] for row in rows] == ['inferred', 'mean', 'plain']
-    assert rows[0][1] == pytest.approx(top1)
-    assert rows[2][1] != rows[0][1]
     assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
+    assert rows[0][1] == evaluate_on(net, test)['top1']
+    assert rows[2][1] != rows[0][1]
 
 
 @pytest.mark.parametrize(
@@ -76,13 +78,18 @@ def test_the_table_begins_with_the_net_as_it_is(script, capsys):
             ('awm_resnet32_cifar', '--data', 'digits'),
             'has no published weights; give --checkpoint FILE',
         ),
-        ((NAME, '--data', 'mnist', '--data-dir', 'nowhere'), "no images of 'mnist'"),
-        (('adaresnet20_cifar.cifar10', '--data', 'digits'), 'weights are not inferred; give an AWM net'),
+        ((NAME, '--data', 'mnist', '--data-dir', 'nowhere'), 'no mnist in nowhere'),
+        (('awm_resnet20_cifar.cifar10', '--data', 'digits'), '3 means and 3 deviations for images of 1 channels'),
     ],
 )
 def test_what_cannot_be_ablated_is_refused_in_a_line(script, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr('sys.argv', ['ablate_gates.py', *arguments])
+    monkeypatch.setattr('sys.argv', ['ablate_gates.py', *arguments, '--recipe', 'awm_cifar_short'])
     assert script.main() == 1
     err = capsys.readouterr().err
     assert err.startswith('ablate_gates: ')
     assert message in err
+
+
+def test_an_adaresnet_has_no_gates(script, digits):
+    with pytest.raises(ValueError, match='weights are not inferred; give an AWM net'):
+        script.ablate(timm.create_model('adaresnet14_cifar', in_chans=1), *digits[1:])
