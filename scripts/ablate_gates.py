@@ -33,9 +33,8 @@ Weights = dict[str, torch.Tensor]  # unit name -> (K,), with a sum of 1
 
 
 def training_batches(model: nn.Module, data: ImageSet, recipe: Recipe) -> Batches:
-    augmentation = (0, 0.0) if recipe.no_aug else (recipe.pad_crop, recipe.hflip)
     config: Any = model.pretrained_cfg
-    return Batches(data, recipe.batch_size, config['mean'], config['std'], 'cpu', *augmentation)
+    return Batches(data, recipe.batch_size, config['mean'], config['std'], 'cpu', *recipe.augmentation)
 
 
 @torch.no_grad()
@@ -62,7 +61,8 @@ def held(model: nn.Module, weights: Weights) -> Iterator[None]:
     def hold(lam: torch.Tensor):
         return lambda gate, args, output: (gate.scale * lam).to(output).expand_as(output)
 
-    handles = [gates(model)[name].register_forward_hook(hold(lam)) for name, lam in weights.items()]
+    own = gates(model)
+    handles = [own[name].register_forward_hook(hold(lam)) for name, lam in weights.items()]
     try:
         yield
     finally:

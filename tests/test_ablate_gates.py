@@ -1,6 +1,5 @@
 """`scripts/ablate_gates.py`: other weights in the gates' place, and nothing else."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     import ablate_gates
 
-    yield ablate_gates
-    del sys.modules['ablate_gates']
+    return ablate_gates
 
 
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_bc_cifar'])
@@ -74,10 +72,7 @@ def test_the_table_begins_with_the_net_as_it_is(script, digits):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (
-            ('awm_resnet32_cifar', '--data', 'digits'),
-            'has no published weights; give --checkpoint FILE',
-        ),
+        (('awm_resnet32_cifar', '--data', 'digits'), 'has no published weights; give --checkpoint FILE'),
         ((NAME, '--data', 'mnist', '--data-dir', 'nowhere'), 'no mnist in nowhere'),
         (('awm_resnet20_cifar.cifar10', '--data', 'digits'), '3 means and 3 deviations for images of 1 channels'),
     ],

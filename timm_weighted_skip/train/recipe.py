@@ -172,6 +172,11 @@ class Recipe:
         if self.sched == 'plateau':
             raise ValueError("sched='plateau' depends on measured accuracies; choose a schedule that depends on epochs")
 
+    @property
+    def augmentation(self) -> tuple[int, float]:
+        """Padding and probability of mirroring, as `Batches` takes them."""
+        return (0, 0.0) if self.no_aug else (self.pad_crop, self.hflip)
+
     def _as_number(self, name: str) -> float:
         value = getattr(self, name)
         try:

@@ -198,8 +198,7 @@ class Trainer:
         def batches(data: ImageSet, pad_crop: int = 0, hflip: float = 0.0) -> Batches:
             return Batches(data, recipe.batch_size, self.mean, self.std, self.device, pad_crop, hflip, channels_last)
 
-        augmentation = (0, 0.0) if recipe.no_aug else (recipe.pad_crop, recipe.hflip)
-        self.train_batches, self.test_batches = batches(train, *augmentation), batches(test)
+        self.train_batches, self.test_batches = batches(train, *recipe.augmentation), batches(test)
         self.batches_per_epoch = self.train_batches.whole()
         if recipe.grad_accum_steps > self.batches_per_epoch:
             raise ValueError(
