@@ -227,21 +227,22 @@ class Report:
         return f'{finished}\n\n{markdown(["run", "minutes", "images/s", "device", "commit"], rows)}'
 
     def summary(self) -> str:
-        """For the README: every finished comparison in a line."""
-        rows = []
+        """For the README: every finished comparison in a line, an experiment's title in its first."""
+        rows: list[list[str]] = []
         for experiment in self.manifest.experiments.values():
+            title = experiment.title
             for run in experiment.runs.values():
                 ours = last_top1(read_results(self.manifest, run))
                 if run.baseline is None or not ours:
                     continue
                 plain = experiment.runs[run.baseline]
                 theirs = last_top1(read_results(self.manifest, plain))
+                name = f'{run.name}: {run.about}' if run.about else run.name
                 paper = ['-' if value is None else f'{value:.2f}' for value in (run.paper, plain.paper)]
-                compared = compare(ours, theirs)[1]
-                rows.append(
-                    [experiment.title, run.name, spread(ours), spread(theirs), compared, f'{paper[0]} / {paper[1]}']
-                )
-        columns = ['experiment', 'run', 'accuracy (%)', 'its baseline (%)', 'verdict', 'paper: run / baseline (%)']
+                rows.append([title, name, spread(ours), spread(theirs), *compare(ours, theirs), ' / '.join(paper)])
+                title = ''
+        measured = ['accuracy (%)', 'its baseline (%)', 'difference', 'verdict']
+        columns = ['experiment', 'run', *measured, 'paper: run / baseline (%)']
         return markdown(columns, rows) if rows else 'No comparison is finished.'
 
 
