@@ -55,6 +55,11 @@ def spread(values: Sequence[float]) -> str:
     return f'{mean} ± {statistics.stdev(values):.2f} ({len(values)})' if len(values) > 1 else f'{mean} (1)'
 
 
+def reported(accuracy: Optional[float]) -> str:
+    """A paper's figure, if it has one."""
+    return '-' if accuracy is None else f'{accuracy:.2f}'
+
+
 def compare(ours: Sequence[float], baseline: Sequence[float]) -> tuple[str, str]:
     """Difference of the means with its 95 % interval by Welch's t, and what that says."""
     if not ours or not baseline:
@@ -89,10 +94,9 @@ def accuracy_table(manifest: Manifest, experiment: Experiment) -> str:
             [result['best']['top1'] for result in results.values()],
         ]
         baseline = read_results(manifest, experiment.runs[run.baseline]) if run.baseline else {}
-        paper = '-' if run.paper is None else f'{run.paper:.2f}'
         compared = compare(last_top1(results), last_top1(baseline))
         ours = map(spread, accuracies) if results else ['not run', '-', '-', '-']
-        rows.append([run.name, str(run.epochs()), *ours, paper, run.baseline or '-', *compared])
+        rows.append([run.name, str(run.epochs()), *ours, reported(run.paper), run.baseline or '-', *compared])
     measured = ['training (%)', 'last epoch (%)', 'last three (%)', 'best epoch (%)']
     return markdown(['run', 'epochs', *measured, 'paper (%)', 'baseline', 'difference', 'verdict'], rows)
 
@@ -238,8 +242,8 @@ class Report:
                 plain = experiment.runs[run.baseline]
                 theirs = last_top1(read_results(self.manifest, plain))
                 name = f'{run.name}: {run.about}' if run.about else run.name
-                paper = ['-' if value is None else f'{value:.2f}' for value in (run.paper, plain.paper)]
-                rows.append([title, name, spread(ours), spread(theirs), *compare(ours, theirs), ' / '.join(paper)])
+                paper = f'{reported(run.paper)} / {reported(plain.paper)}'
+                rows.append([title, name, spread(ours), spread(theirs), *compare(ours, theirs), paper])
                 title = ''
         measured = ['accuracy (%)', 'its baseline (%)', 'difference', 'verdict']
         columns = ['experiment', 'run', *measured, 'paper: run / baseline (%)']

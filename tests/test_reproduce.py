@@ -147,6 +147,7 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     report.write_readme(manifest, readme, cards)
     assert (readme.read_text().count('old'), readme.read_text().count('kept')) == (0, 2)
     assert '[awm_resnet14_cifar.digits]' in readme.read_text()
+    assert '| Two small nets on digits | awm | ' in readme.read_text()
 
     weights = (folder / 'model.safetensors').read_bytes()
     (tmp_path / 'results/small/awm.seed1.json').unlink()
