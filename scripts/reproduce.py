@@ -8,7 +8,7 @@
 Runs are taken in the manifest's order, and of each experiment first every run's first seed. A finished run has a file
 under `results/`, beside the manifest, and is not trained again; one that was stopped, by Ctrl-C, SIGTERM, a kill or the
 end of the budget, goes on where it was. Each is a process of its own that runs `weighted-skip train`; its folder, with
-checkpoints and output, is below `--runs`.
+checkpoints and output, is below `--runs`. `--report` and `--checkpoints` are of all finished runs.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument('--data-dir', type=Path, metavar='DIR', help='where the image sets are')
     parser.add_argument('--jobs', type=int, metavar='N',
                         help='runs at once; default: one per processor on a CPU, one on anything else')  # fmt: skip
-    parser.add_argument('--runs', type=Path, default=Path('runs/reproduce'), metavar='DIR', help='default: %(default)s')
+    parser.add_argument('--runs', type=Path, metavar='DIR', help='default: runs, beside the manifest')
     parser.add_argument('--list', action='store_true', help='show the runs and which are finished')
     parser.add_argument('--report', action='store_true', help='write the tables and figures of the finished runs')
     parser.add_argument('--checkpoints', action='store_true', help='make the checkpoint directories of finished runs')
@@ -192,6 +192,9 @@ def main() -> int:
         parser.error(f'--jobs {args.jobs} is not allowed; give 1 or more')
     if not args.budget > 0:
         parser.error(f'--budget {args.budget} is not allowed; give more than 0')
+    if args.only != '*' and (args.report or args.checkpoints):
+        parser.error('--only does not go with --report and --checkpoints, which are of all finished runs')
+    args.runs = args.runs or args.manifest.parent / 'runs'
     # README and hub_cards of the repository are of its own manifest.
     home = ROOT if args.manifest.resolve() == MANIFEST else args.manifest.parent
     try:

@@ -42,7 +42,7 @@ def modules(monkeypatch):
 
 def start(folder, *args):
     command = [sys.executable, str(SCRIPTS / 'reproduce.py'), '--manifest', str(folder / 'manifest.yaml')]
-    command += ['--runs', str(folder / 'runs'), '--jobs', '2', *args]
+    command += ['--jobs', '2', *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
 
 
@@ -111,6 +111,8 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     assert 'nothing to do' in called(tmp_path)[1]
     status, said = called(tmp_path, '--only', '*/seed2')
     assert (status, "no run matches --only '*/seed2'" in said) == (1, True)
+    with pytest.raises(SystemExit, match='2'):
+        called(tmp_path, '--only', '*/seed0', '--report')
 
     read_manifest, report = modules[0].read_manifest, modules[1]
     manifest = read_manifest(tmp_path / 'manifest.yaml')
@@ -137,7 +139,7 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     assert sections.read_text() == text  # the same results, the same report
 
     cards = tmp_path / 'hub_cards'
-    assert called(tmp_path, '--checkpoints', '--runs', 'runs')[0] == 0
+    assert called(tmp_path, '--checkpoints')[0] == 0
     (folder,) = cards.iterdir()
     assert folder.name == 'awm_resnet14_cifar.digits'
     validate_checkpoint(folder)
@@ -187,7 +189,7 @@ def test_what_was_trained_otherwise_is_not_this_run(tmp_path, called):
         status, said = called(tmp_path, option)
         assert (status, f'{result} is of another training than small/plain/seed0: epochs 2, not 3' in said) == (1, True)
     result.unlink()
-    status, said = called(tmp_path, '--only', '*/plain/seed0', '--runs', 'runs')  # nor does its folder become one
+    status, said = called(tmp_path, '--only', '*/plain/seed0')  # nor does its folder become one
     assert (status, '0 runs finished, 1 failed, 0 left' in said) == (1, True)
     assert 'seed0 is of another training than small/plain/seed0: epochs 2, not 3; remove it first' in said
     assert not result.exists()
