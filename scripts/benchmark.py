@@ -39,6 +39,7 @@ from torch.profiler import profile
 
 from timm_weighted_skip import set_fused_merge
 from timm_weighted_skip.analysis.listing import model_cost
+from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
 from timm_weighted_skip.models.blocks import WeightedBottleneck
@@ -46,7 +47,8 @@ from timm_weighted_skip.models.blocks import WeightedBottleneck
 # Plain net -> what is compared with it.
 BACKBONES = {
     'resnet18': ['awm_resnet18', 'adaresnet18'],
-    'resnet50': ['awm_resnet50', 'adaresnet50', 'seresnet50', 'ecaresnet50d', 'skresnet50'],
+    'resnet50': ['awm_resnet50', 'adaresnet50', 'seresnet50', 'skresnet50'],
+    'resnet50d': ['ecaresnet50d'],
     'densenet121': ['awm_densenet121'],
     'resnet20_cifar': ['awm_resnet20_cifar', 'adaresnet20_cifar'],
     'densenet40_bc_cifar': ['awm_densenet_bc'],
@@ -313,6 +315,8 @@ def main() -> int:
     if args.rounds < 2:
         parser.error(f'--rounds {args.rounds} has no quartiles; give 2 or more')
     if args.mode == 'import':
+        if args.json:
+            parser.error('--json is of --mode eval and train')
         before, ours = import_ms(min(args.rounds, 7))
         print(f'import timm: {before:.0f} ms, timm_weighted_skip after it: {ours:.0f} ms')
         return 0
@@ -325,7 +329,12 @@ def main() -> int:
             groups[plain_of(name)].append(name)
     speed = copy_speed(args.device)
     setting: dict[str, object] = {key: str(value) if value is not None else None for key, value in vars(args).items()}
-    setting |= {'torch': torch.__version__, 'timm': timm.__version__, 'copy_gb_per_s': round(speed / 1e6, 1)}
+    setting |= {
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'commit': package_commit(),
+        'copy_gb_per_s': round(speed / 1e6, 1),
+    }
     print(' '.join(f'{key}={value}' for key, value in setting.items() if value not in (None, 'False')))
     results: list[Row] = []
     for plain, others in groups.items():

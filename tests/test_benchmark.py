@@ -108,6 +108,7 @@ def test_finds_the_plain_net(benchmark, name, plain):
     [
         (['--models', 'awm_resnet51'], 'unknown awm_resnet51'),
         (['--rounds', '1'], '--rounds 1 has no quartiles; give 2 or more'),
+        (['--mode', 'import', '--json', 'x'], '--json is of --mode eval and train'),
         (['--batch-size', '0'], '0 is not allowed; give 1 or more'),
         (['--readme', str(PATH)], 'benchmark.py is not a file that --json wrote'),
         (['--readme', 'nowhere.json'], 'nowhere.json'),

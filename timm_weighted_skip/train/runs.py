@@ -10,7 +10,6 @@ import math
 import platform
 import shlex
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_weighted_skip
+from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import check_count
@@ -363,7 +363,7 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
             'torch': torch.__version__,
             'python': platform.python_version(),
         },
-        'commit': _commit(),
+        'commit': package_commit(),
     }
     if analysis is not None:
         with suppress(ValueError):  # a plain net has no weights to tell of
@@ -371,20 +371,6 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
             result['mapping_units'] = analysis(trainer.eval_net.eval(), images_in_order)
     write_file(folder / RESULT, json.dumps(result, indent=1))
     return result
-
-
-def _commit() -> Optional[str]:
-    """The commit of the checkout that the package runs from, '+' if it was changed since; None for an installed one."""
-    where = Path(timm_weighted_skip.__file__).parent
-    try:
-        git = ['git', '-C', str(where), 'describe', '--always', '--abbrev=40', '--dirty=+', '--exclude=*']
-        tracked = subprocess.run(
-            ['git', '-C', str(where), 'ls-files', '--error-unmatch', '__init__.py'], capture_output=True
-        )
-        described = subprocess.run(git, capture_output=True, text=True)
-    except OSError:
-        return None
-    return described.stdout.strip() if tracked.returncode == described.returncode == 0 else None
 
 
 def evaluate_on(
