@@ -167,6 +167,17 @@ def test_shared_weight_is_stored_once_per_unit_and_never_as_shared_memory():
     assert net[1]['merge'].weight == 3
 
 
+def test_state_dict_beside_entries_that_are_no_plain_tensors():
+    class Counting(nn.Module):
+        def get_extra_state(self):
+            return {'steps': 1}
+
+    sparse = nn.Linear(2, 2)
+    sparse.weight = nn.Parameter(torch.eye(2).to_sparse())
+    state = nn.Sequential(Counting(), sparse, SkipWeight(0.5)).state_dict()
+    assert (state['0._extra_state'], state['2.weight']) == ({'steps': 1}, 0.5)
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [

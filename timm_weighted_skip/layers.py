@@ -99,8 +99,10 @@ class SkipWeight(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         key = f'{prefix}weight'
         if not keep_vars and key in destination and self.weight.device.type != 'meta':
-            stored = {v.untyped_storage().data_ptr() for k, v in destination.items() if k != key}
-            if destination[key].untyped_storage().data_ptr() in stored:
+            # Other modules' entries need not have a storage, nor be tensors.
+            scalars = [v for k, v in destination.items() if k != key and isinstance(v, torch.Tensor) and v.ndim == 0]
+            own = destination[key].untyped_storage().data_ptr()
+            if any(scalar.untyped_storage().data_ptr() == own for scalar in scalars):
                 destination[key] = destination[key].clone()
 
     def extra_repr(self) -> str:
