@@ -182,6 +182,23 @@ def test_another_schedule_goes_on_with_a_frozen_net(copied):
         assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
+@pytest.mark.parametrize(
+    'replace',
+    [
+        lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+        lambda m: m.reset_classifier(7),
+    ],
+    ids=['weights', 'head'],
+)
+def test_parameters_that_take_the_place_of_others_are_frozen_like_them(replace):
+    model, freezing = make_net(), AlternateFreezing(1)
+    freezing(model, 0)
+    replace(model)
+    for epoch in (1, 2):
+        freezing(model, epoch)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == groups(model)[1 - epoch % 2]
+
+
 def test_released_rule_trains_biases_in_both_phases():
     net = make_net()
     gates, backbone = groups(net)

@@ -17,13 +17,14 @@ Phase = Literal['backbone', 'gates', 'joint']
 NOTE = '_before_freezing'
 
 
-class _Net(NamedTuple):
-    """What a net let be trained before it was first frozen. The net keeps it, so that its copies have theirs."""
+class _Before(NamedTuple):
+    """Names of what a net did not let be trained, and of what moved, before it was first frozen.
 
-    gates: list[nn.Parameter]
-    backbone: list[nn.Parameter]
-    backbone_biases: list[nn.Parameter]
-    norms: list[nn.Module]
+    The net keeps it, so that its copies have theirs. Names, as a parameter or a module can be replaced by another.
+    """
+
+    frozen: set[str]
+    norms: set[str]
 
 
 class AlternateFreezing:
@@ -103,35 +104,40 @@ class AlternateFreezing:
         if phase == 'joint':
             self.release(model)
             return phase
-        net = self._net(model)
+        net, gates = unwrap_model(model), self._gates(model)
+        if NOTE not in vars(net):
+            vars(net)[NOTE] = _before(net)
+        before = vars(net)[NOTE]
         if epoch % self.period == 0:
             _compile_again(model)
-        for parameters, trained in (
-            (net.gates, phase == 'gates'),
-            (net.backbone, phase == 'backbone'),
-            (net.backbone_biases, phase == 'backbone' or self.freeze == 'released'),
-        ):
-            for parameter in parameters:
-                parameter.requires_grad_(trained)
-                if not trained:
-                    parameter.grad = None
-        for norm in net.norms:
-            # Not `norm.eval()`, which the next `model.train()` would undo, and which normalises by other numbers.
-            norm.track_running_stats = phase == 'backbone' or not self.freeze_bn_stats  # type: ignore[assignment]
+        for name, parameter in net.named_parameters():
+            if name in before.frozen:
+                continue
+            if parameter in gates:
+                trained = phase == 'gates'
+            else:
+                trained = phase == 'backbone' or (self.freeze == 'released' and name.endswith('bias'))
+            parameter.requires_grad_(trained)
+            if not trained:
+                parameter.grad = None
+        # Not `norm.eval()`, which the next `model.train()` would undo, and which normalises by other numbers.
+        _set_tracking(net, before, phase == 'backbone' or not self.freeze_bn_stats)
         return phase
 
     def release(self, model: nn.Module) -> None:
         """Let everything of `model` be trained that was before the first call with it."""
-        net = vars(unwrap_model(model)).pop(NOTE, None)
-        if net is None:
+        net = unwrap_model(model)
+        before = vars(net).pop(NOTE, None)
+        if before is None:
             return
         _compile_again(model)
-        for parameter in (*net.gates, *net.backbone, *net.backbone_biases):
-            parameter.requires_grad_(True)
-        for norm in net.norms:
-            norm.track_running_stats = True  # type: ignore[assignment]
+        for name, parameter in net.named_parameters():
+            if name not in before.frozen:
+                parameter.requires_grad_(True)
+        _set_tracking(net, before, True)
 
-    def _net(self, model: nn.Module) -> _Net:
+    def _gates(self, model: nn.Module) -> set[nn.Parameter]:
+        """The parameters of the gates of a net that can be trained in phases."""
         net = unwrap_model(model)
         gates = {p for m in net.modules() if isinstance(m, Gate) for p in m.parameters()}
         if not gates:
@@ -145,16 +151,20 @@ class AlternateFreezing:
                 'unset TIMM_REENTRANT_CKPT'
             )
         _check_data_parallel(model)
-        if NOTE in vars(net):
-            return vars(net)[NOTE]
-        trainable = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-        noted = vars(net)[NOTE] = _Net(
-            gates=[p for _, p in trainable if p in gates],
-            backbone=[p for name, p in trainable if p not in gates and not name.endswith('bias')],
-            backbone_biases=[p for name, p in trainable if p not in gates and name.endswith('bias')],
-            norms=[m for m in net.modules() if getattr(m, 'track_running_stats', False)],
-        )
-        return noted
+        return gates
+
+
+def _before(net: nn.Module) -> _Before:
+    return _Before(
+        frozen={name for name, parameter in net.named_parameters() if not parameter.requires_grad},
+        norms={name for name, module in net.named_modules() if getattr(module, 'track_running_stats', False)},
+    )
+
+
+def _set_tracking(net: nn.Module, before: _Before, tracking: bool) -> None:
+    for name, module in net.named_modules():
+        if name in before.norms:
+            module.track_running_stats = tracking  # type: ignore[assignment]
 
 
 def _compile_again(model: nn.Module) -> None:
