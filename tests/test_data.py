@@ -149,6 +149,8 @@ def test_what_is_no_image_set_is_refused_in_one_line(tmp_path):
     refused('labels 0 to 2 with 2 classes', 'd')
     np.savez(tmp_path / 'e_train.npz', images=images.astype(float), labels=np.array([0, 1, 2]))
     refused('uint8', 'e')
+    np.savez(tmp_path / 'f_train.npz', images=images, labels=np.array([0.9, 1.7, 2.9]))
+    refused('labels are float64; they must be integers', 'f')
     with pytest.raises(ValueError, match='--data-dir'):
         load_image_set('cifar10', True)
     with pytest.raises(ValueError, match='smaller --batch-size'):

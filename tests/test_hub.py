@@ -324,6 +324,8 @@ def test_convert_and_fold_take_a_run(tmp_path):
         (['inspect', 'seeds'], 'has neither config.json nor last.safetensors; give one of its runs, seed0, seed1'),
         (['inspect', 'own_test.npz'], 'own_test.npz is not a whole safetensors file'),
         (['inspect', 'evil.safetensors'], 'says things of its net that make no sense'),
+        (['inspect', 'count.safetensors'], 'says things of its net that make no sense'),
+        (['inspect', 'list.safetensors'], 'says things of its net that make no sense'),
         (['save', 'adaresnet14_cifar', '--checkpoint', 'list.pth', '--output', 'x'], 'list.pth is not a checkpoint'),
         (['save', 'adaresnet14_cifar', '--checkpoint', 'empty.pth', '--output', 'x'], 'empty.pth is not a checkpoint'),
     ],
@@ -338,8 +340,12 @@ def test_what_a_run_can_not_give_is_one_clear_line(tmp_path, capsys, monkeypatch
         Path(folder).mkdir(parents=True)
         safetensors.torch.save_file(net.state_dict(), Path(folder, 'last.safetensors'), about.metadata())
     Path('run/result.json').write_text('{"data": "own", "recipe": {"seed": 0}, "last": {"top1": 1.0}}')
-    evil = {**about.metadata(), 'model_kwargs': '{"checkpoint_path": "list.pth"}'}
-    safetensors.torch.save_file(net.state_dict(), 'evil.safetensors', evil)
+    for name, change in {
+        'evil': {'model_kwargs': '{"checkpoint_path": "list.pth"}'},
+        'count': {'classes': '5'},
+        'list': {'model_kwargs': '[]'},
+    }.items():
+        safetensors.torch.save_file(net.state_dict(), f'{name}.safetensors', {**about.metadata(), **change})
     torch.save([1, 2], 'list.pth')
     Path('empty.pth').touch()
     assert cli.main(arguments) == 1

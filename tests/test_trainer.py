@@ -384,6 +384,7 @@ def poison_after(evaluate):
         (['--model', 'vit_tiny_patch16_224'], "doesn't match model (224)"),
         (['--model-kwargs', 'num_classes=3'], 'num_classes of the data is 10'),
         (['--opt', 'sdg'], "optimizer 'sdg'"),
+        (['--opt', 'adahessian'], "optimizer 'adahessian': it takes second derivatives"),
         (['--sched', 'sawtooth'], 'sawtooth'),
         (['--recipe', 'awm_cifra'], 'awm_cifar'),
         (['--recipe', 'awm_imagenet'], 'timm_weighted_skip.train -c'),

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
-__all__ = ['SETS', 'ImageSet', 'load_image_set', 'open_folder']
+__all__ = ['FETCHED', 'SETS', 'ImageSet', 'load_image_set', 'open_folder']
 
-SETS = ('cifar10', 'cifar100', 'mnist', 'digits', 'folder')
+FETCHED = ('cifar10', 'cifar100', 'mnist')  # by torchvision
+SETS = (*FETCHED, 'digits', 'folder')
 FOLDERS = {'train': ('train',), 'test': ('validation', 'val', 'test')}
 
 
@@ -49,7 +50,10 @@ def _describe(array: Any) -> str:
 
 
 def _image_set(images: Any, labels: Any, classes: Any = None) -> ImageSet:
-    images, labels = torch.from_numpy(np.asarray(images)), torch.from_numpy(np.asarray(labels)).long()
+    images, labels = torch.from_numpy(np.asarray(images)), np.asarray(labels)
+    if len(labels) and labels.dtype.kind not in 'iu':
+        raise ValueError(f'labels are {labels.dtype}; they must be integers, counted from 0')
+    labels = torch.from_numpy(labels).long()
     if images.ndim == 3:
         images = images[..., None]
     if classes is None:
@@ -75,7 +79,8 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
         data = cls(str(root), train=train, download=download)
     except RuntimeError as error:
         raise OSError(
-            f"no {name} in {root}: neither {name}_train.npz nor torchvision's files, which --download fetches ({error})"
+            f"no {name} in {root}: neither {name}_{'train' if train else 'test'}.npz nor torchvision's files, "
+            f'which --download fetches ({error})'
         ) from None
     return _image_set(data.data, data.targets, data.classes)
 
@@ -156,6 +161,6 @@ def load_image_set(
     npz = root / f'{data}_{"train" if train else "test"}.npz'
     if npz.exists():
         return _load_npz(npz)
-    if data in ('cifar10', 'cifar100', 'mnist'):
+    if data in FETCHED:
         return _load_torchvision(data, train, root, download)
     raise ValueError(f'--data {data!r} is unknown and {npz} is not there; choose one of {", ".join(SETS)}')

@@ -65,8 +65,12 @@ class Trained:
         try:
             trained = cls(about['model'], **{name: json.loads(about[name]) for name in names - {'model'}})
             channels, _, _ = trained.input_size
-            fits = channels == len(trained.mean) == len(trained.std) and not FOREIGN & dict(trained.model_kwargs).keys()
-        except (ValueError, TypeError):
+            fits = (
+                channels == len(trained.mean) == len(trained.std)
+                and isinstance(trained.classes, list)
+                and not FOREIGN & trained.model_kwargs.keys()
+            )
+        except (ValueError, TypeError, AttributeError):
             fits = False
         if not fits:
             raise ValueError(f'{file} says things of its net that make no sense; it is damaged or not of this trainer')

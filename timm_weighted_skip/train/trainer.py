@@ -243,7 +243,10 @@ class Trainer:
             if 'fused' in signature(optimizer).parameters:
                 options['fused'] = True
             options.update(recipe.opt_kwargs)
-            return create_optimizer_v2(self.net, recipe.opt, recipe.lr, recipe.weight_decay, recipe.momentum, **options)
+            made = create_optimizer_v2(self.net, recipe.opt, recipe.lr, recipe.weight_decay, recipe.momentum, **options)
+            if getattr(made, 'is_second_order', False):
+                raise ValueError("it takes second derivatives, which this trainer does not make; timm's train.py does")
+            return made
         except (AssertionError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f'optimizer {recipe.opt!r}: {error}') from None
 
