@@ -43,6 +43,7 @@ def test_weighing_a_densenet_and_back_changes_nothing(images):
     weighted = to_awm(plain)
     assert torch.equal(weighted(images), plain(images))
     assert list(weighted.state_dict()) == list(timm.create_model('awm_densenet121').state_dict())
+    assert not any(module.training for module in weighted.modules())
     back = to_plain(weighted)
     assert type(back) is DenseNet
     assert list(back.state_dict()) == list(plain.state_dict())

@@ -250,6 +250,13 @@ def test_a_cifar_nets_head_is_its_last_part():
     assert nn.Sequential(*list(model.children())[:-1])(torch.randn(2, 3, 32, 32)).shape == (2, 64)
 
 
+def test_a_cifar_nets_intermediates_take_their_arguments_by_position():
+    x, model = torch.randn(1, 3, 32, 32), timm.create_model('awm_resnet14_cifar').eval()
+    (by_position,) = model.forward_intermediates(x, [-1], False, True, 'NCHW', True)
+    (by_name,) = model.forward_intermediates(x, indices=[-1], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(by_position, by_name)
+
+
 def test_features_are_chosen_by_feature_cfg_too():
     model = timm.create_model('awm_resnet18', features_only=True, feature_cfg={'out_indices': (1, 3)})
     assert model.feature_info.channels() == [64, 256]

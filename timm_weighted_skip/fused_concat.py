@@ -118,7 +118,7 @@ def _read(x: Moments, merge: Any, norm: BatchNormAct2d) -> tuple[torch.Tensor, M
 def _units(widths: tuple[int, ...]) -> torch.Tensor:
     """Each channel's unit, (C,)."""
     with torch.inference_mode(False):
-        return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+        return torch.arange(len(widths), device='cpu').repeat_interleave(torch.tensor(widths, device='cpu'))
 
 
 def _split(grad: Optional[torch.Tensor], at: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:

@@ -71,7 +71,8 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
     """
 
     def merge(widths: list[int], like: torch.Tensor) -> ActiveWeightedConcat:
-        return ActiveWeightedConcat(widths, hidden, scale, plain, device=like.device, dtype=like.dtype)
+        made = ActiveWeightedConcat(widths, hidden, scale, plain, device=like.device, dtype=like.dtype)
+        return made.train(model.training)
 
     widths = []
     for name, module in list(model.features.named_children()):
@@ -89,7 +90,9 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
         elif isinstance(module, DenseTransition):
             weight = merge(widths, module.conv.weight)
             parts = OrderedDict(merge=weight, **dict(module.named_children()))
-            setattr(model.features, name, WeightedTransition(parts))
+            transition = WeightedTransition(parts)
+            transition.training = module.training
+            setattr(model.features, name, transition)
         elif name == 'norm5':
             del model.features.norm5
             model.features.add_module('merge5', merge(widths, module.weight))

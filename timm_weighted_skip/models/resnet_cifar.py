@@ -64,10 +64,10 @@ class CifarResNet(WeightedResNet):
         return [levels[i] for i in indices]
 
     def forward_intermediates(
-        self, x: torch.Tensor, indices: Optional[Union[int, list[int]]] = None, **kwargs
+        self, x: torch.Tensor, indices: Optional[Union[int, list[int]]] = None, *args, **kwargs
     ) -> Union[list[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]:
         """As timm's, with 4 features: the stem and three stages."""
-        return super().forward_intermediates(x, indices=self._feature_indices(indices), **kwargs)
+        return super().forward_intermediates(x, self._feature_indices(indices), *args, **kwargs)
 
     def prune_intermediate_layers(
         self, indices: Union[int, list[int]] = 1, prune_norm: bool = False, prune_head: bool = True
