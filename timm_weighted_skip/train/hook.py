@@ -118,17 +118,14 @@ def _with_gate_epochs(create_scheduler: Callable, freezing: AlternateFreezing) -
 
 
 def _with_pad_crop(create_loader: Callable, pad_crop: int) -> Callable:
-    def loader_arguments(*args, **kwargs) -> dict[str, Any]:
-        bound = inspect.signature(create_loader).bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.arguments
-
     @functools.wraps(create_loader)
     def create_loader_with_pad_crop(dataset, *args, **kwargs):
         from torchvision import transforms
 
         loader = create_loader(dataset, *args, **kwargs)
-        options = loader_arguments(dataset, *args, **kwargs)
+        bound = inspect.signature(create_loader).bind(dataset, *args, **kwargs)
+        bound.apply_defaults()
+        options = bound.arguments
         if not options['is_training'] or options['no_aug']:
             return loader
         if options.get('num_aug_splits'):
