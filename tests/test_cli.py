@@ -71,6 +71,14 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'timm-weighted-skip[analysis]'" in capsys.readouterr().err
 
 
+def test_a_reader_that_stops_early_loses_no_files(tmp_path):
+    command = [sys.executable, '-m', 'timm_weighted_skip.cli', 'inspect', 'awm_resnet14_cifar.digits']
+    process = subprocess.Popen([*command, '--out', str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as `head` does, here at once
+    assert (process.stderr.read(), process.wait()) == (b'', 0)
+    assert (tmp_path / 'units.csv').is_file()
+
+
 def test_importing_loads_nothing_heavy():
     code = 'import timm, sys; before = set(sys.modules); import timm_weighted_skip; print(*set(sys.modules) - before)'
     loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()

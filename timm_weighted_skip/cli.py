@@ -1,10 +1,11 @@
 """`weighted-skip <verb>`: parses the command line and calls the module that does the verb's work.
 
 A verb is a function that adds its parser to the subparsers and sets `run` to what is called with the parsed arguments.
-Work is imported inside `run`, so that `--help` is quick and a verb needs only its own extras.
+Work is imported inside `run`, so that a verb needs only its own extras.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,14 @@ __all__ = ['main']
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
+def _show(text: str) -> None:
+    """Print a result, as much of it as its reader takes: `head` has enough before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the rest is tried, and fails, at exit
+
+
 def add_list(verbs) -> None:
     """`list`: the models, with what they cost."""
     parser = verbs.add_parser('list', help='the models: parameters, MACs, mapping units, input size, checkpoints')
@@ -29,7 +38,7 @@ def add_list(verbs) -> None:
         from timm_weighted_skip.analysis.listing import model_table
 
         table = model_table(args.pattern)
-        print(table.markdown() if args.markdown else table.text())
+        _show(table.markdown() if args.markdown else table.text())
 
     parser.set_defaults(run=run)
 
@@ -91,7 +100,7 @@ def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
         if args.out:
             require('matplotlib')
         result = getattr(commands, work)(args)
-        print(result.text(), flush=True)
+        _show(result.text())
         if args.out:
             result.save(args.out)
 
@@ -144,9 +153,10 @@ def add_curves(verbs) -> None:
     """`curves`: accuracy and loss of several runs."""
     parser = verbs.add_parser('curves', help='accuracy and loss of several runs, or what a sweep ends at')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder with log.jsonl or summary.csv, or of its seeds')
-    parser.add_argument('--error', action='store_true', help='error instead of accuracy')
-    parser.add_argument('--against', metavar='FIELD',
-                        help="last error against a field of result.json, such as recipe.lr, or 'depth'")  # fmt: skip
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument('--error', action='store_true', help='error instead of accuracy')
+    shown.add_argument('--against', metavar='FIELD',
+                       help="last error against a field of result.json, such as recipe.lr, or 'depth'")  # fmt: skip
     _set_analysis(parser, 'curve_result')
 
 

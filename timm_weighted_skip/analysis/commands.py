@@ -47,8 +47,11 @@ def _read(
     return net, images, collect(net, images.loader(args.batch_size, args.workers))
 
 
-def _table(nets: Sequence[nn.Module]) -> Result:
+def _table(args: argparse.Namespace, nets: Sequence[nn.Module]) -> Result:
     """What is known of the nets' weights without images."""
+    of_images = [name for name in ('data_dir', 'input_size', 'mean', 'std', 'per_class') if getattr(args, name, None)]
+    if of_images:
+        raise ValueError(f'--{of_images[0].replace("_", "-")} needs images; give --data')
     return unit_table(nets[0]) if len(nets) == 1 and gates(nets[0]) else rounds_table(nets)
 
 
@@ -58,9 +61,7 @@ def inspect_result(args: argparse.Namespace) -> Result:
         raise ValueError(f'--checkpoint with {len(args.model)} models; give one model, or no --checkpoint')
     pairs = [(model, checkpoint) for model in args.model for checkpoint in args.checkpoint or [None]]
     if args.data is None:
-        if args.per_class:
-            raise ValueError('--per-class needs images; give --data')
-        return _table([load_net(model, checkpoint, args.model_kwargs) for model, checkpoint in pairs])
+        return _table(args, [load_net(model, checkpoint, args.model_kwargs) for model, checkpoint in pairs])
     if len(pairs) > 1:
         raise ValueError(f'{len(pairs)} nets with --data; an AWM net is inspected alone')
     _, images, collected = _read(args, *pairs[0])
@@ -132,7 +133,7 @@ def write_report(args: argparse.Namespace) -> Path:
     logged = as_it_is and has_log(folder)
     if args.data is None:
         net = load_net(args.model, args.checkpoint, args.model_kwargs)
-        weights = _table([net])
+        weights = _table(args, [net])
     else:
         net, images, collected = _read(args, args.model, args.checkpoint)
         weights = gate_table(collected, images.classes)
