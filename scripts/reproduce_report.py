@@ -18,7 +18,7 @@ from reproduce_manifest import Experiment, Job, Manifest, Run
 from timm_weighted_skip.analysis import MappingUnit, mapping_units
 from timm_weighted_skip.analysis.curves import Run as Curve
 from timm_weighted_skip.analysis.curves import curves, sweep
-from timm_weighted_skip.analysis.figures import colour, label_units, new_figure, render, styled
+from timm_weighted_skip.analysis.figures import colour, label_units, legend_above, new_figure, render, styled
 from timm_weighted_skip.analysis.inspection import weights_of_rounds
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.analysis.tables import Result, Table, require
@@ -114,6 +114,11 @@ def skip_weight_rounds(run: Run, results: dict[int, dict[str, Any]]) -> tuple[li
     return units, np.array(w).T
 
 
+def lam1(unit: dict[str, Any]) -> tuple[float, float]:
+    """Mean of a gate's `lam1` over the test images, and its standard deviation."""
+    return unit['mean'][0], unit['variance'][0] ** 0.5
+
+
 @styled
 def _draw_gates(results: dict[int, dict[str, Any]]) -> 'Figure':
     """AWM's Fig. 6 of every seed: mean of `lam1` per unit over the test images, with its standard deviation."""
@@ -121,27 +126,27 @@ def _draw_gates(results: dict[int, dict[str, Any]]) -> 'Figure':
     axes = figure.subplots()
     axes.axhline(0.5, color='0.6', linewidth=0.6)
     for index, (seed, result) in enumerate(results.items()):
-        units = result['mapping_units']
-        mean, variance = (np.array([unit[of][0] for unit in units.values()]) for of in ('mean', 'variance'))
-        number, (hue, style) = np.arange(1, len(units) + 1), colour(index)
-        axes.fill_between(number, mean - variance**0.5, mean + variance**0.5, color=hue, alpha=0.2, linewidth=0)
+        units, (hue, style) = result['mapping_units'], colour(index)
+        number, (mean, deviation) = np.arange(1, len(units) + 1), np.array([*map(lam1, units.values())]).T
+        axes.fill_between(number, mean - deviation, mean + deviation, color=hue, alpha=0.2, linewidth=0)
         axes.plot(number, mean, style, color=hue, marker='o', label=f'seed {seed}')
     label_units(axes, list(units))
     axes.set_xlabel('mapping unit (number)')
     axes.set_ylabel(r'weight $\lambda_1$ (no unit)')
-    axes.legend()
+    legend_above(axes, 4)
     return figure
 
 
 def connection_weights(results: dict[int, dict[str, Any]]) -> Result:
-    """The weights of an AWM DenseNet's connections in multiples of those of a plain one, which are all alike."""
+    """The weights of an AWM DenseNet's connections, means over the test images times their number."""
     rows = []
     for unit, first in next(iter(results.values()))['mapping_units'].items():
         count = len(first['mean'])
         weights = [[count * mean for mean in result['mapping_units'][unit]['mean']] for result in results.values()]
         rows.append([unit, count, *(end for each in weights for end in (min(each), max(each)))])
     columns = ['unit', 'connections', *(f'seed {seed} {of}' for seed in results for of in ('least', 'largest'))]
-    return Result({}, {'weights': Table(columns, rows)})
+    about = "means over the test images in multiples of the plain net's, the least and the largest connection"
+    return Result({'weights': about}, {'weights': Table(columns, rows)})
 
 
 def weights_of(run: Run, results: dict[int, dict[str, Any]]) -> Optional[Result]:
@@ -152,13 +157,15 @@ def weights_of(run: Run, results: dict[int, dict[str, Any]]) -> Optional[Result]
     if any(len(unit['mean']) > 2 for unit in units.values()):
         return connection_weights(results)
     if any(len(unit['mean']) == 1 for unit in units.values()):
-        return weights_of_rounds(*skip_weight_rounds(run, results))
-    columns = ['unit', *(f'seed {seed} {of}' for seed in results for of in ('mean', 'variance'))]
+        rounds = weights_of_rounds(*skip_weight_rounds(run, results))
+        return replace(rounds, about={'weights': "`w`, where the plain net's is 1"})
+    columns = ['unit', *(f'seed {seed} {of}' for seed in results for of in ('mean', 'deviation'))]
     rows = [
-        [unit, *(result['mapping_units'][unit][of][0] for result in results.values() for of in ('mean', 'variance'))]
+        [unit, *(value for result in results.values() for value in lam1(result['mapping_units'][unit]))]
         for unit in units
     ]
-    return Result({}, {'weights': Table(columns, rows)}, {'weights': lambda: _draw_gates(results)})
+    about = "the branch's `lam1` over the test images, where the plain net's is 0.5"
+    return Result({'weights': about}, {'weights': Table(columns, rows)}, {'weights': lambda: _draw_gates(results)})
 
 
 class Report:
@@ -195,7 +202,7 @@ class Report:
         for name, of_seed in results.items():
             weights = weights_of(experiment.runs[name], of_seed)
             if weights is not None:
-                parts += [f'Weights of `{name}`:', weights.tables['weights'].markdown()]
+                parts += [f'Weights of `{name}`, {weights.about["weights"]}:', weights.tables['weights'].markdown()]
                 file, title = f'{experiment.name}-{name}-weights', f'Weights of {name}'
                 parts += [self.picture(weights, figure, file, title) for figure in weights.figures]
         return '\n\n'.join(parts)

@@ -221,7 +221,7 @@ def _shade(axes: 'Axes', runs: Sequence[Run]) -> None:
     schedules = {tuple(spans) for run in runs if (spans := run.gate_phases())}
     if len(schedules) == 1:
         for index, (first, last) in enumerate(schedules.pop()):
-            label = None if index else 'gates in training'
+            label = None if index else 'gates alone (in turn)'
             axes.axvspan(first - 0.5, last + 0.5, color='0.9', linewidth=0, zorder=0, label=label)
 
 
@@ -254,7 +254,7 @@ def _draw_sweep(rows: Sequence[Sequence[Any]], against: str) -> 'Figure':
     axes = figure.subplots()
     for index, series in enumerate(dict.fromkeys(row[0] for row in rows)):
         hue, style = colour(index)
-        x, error, deviation = zip(*[(row[1], row[3], row[4] or 0.0) for row in rows if row[0] == series])
+        x, error, deviation = np.array([(row[1], row[3], row[4]) for row in rows if row[0] == series], float).T
         axes.errorbar(
             x, error, deviation, color=hue, linestyle=style, marker='os^D'[index % 4], capsize=2, label=literal(series)
         )

@@ -65,12 +65,12 @@ def _draw(sheet: dict[str, list[tuple[Image.Image, str, float]]], columns: int =
     figure = new_figure(width=width, height=2 * (rows * 1.12 * width / columns + 0.3))
     parts: Any = figure.subfigures(2, 1)
     for part, (end, images) in zip(parts, sheet.items()):
-        part.suptitle(rf'{end} sum of $\lambda_1$ over the mapping units (the number under each image)', fontsize=8)
+        part.suptitle(rf'{end} sum of $\lambda_1$ over the mapping units', fontsize=8)
         for axes, entry in zip(part.subplots(rows, columns, squeeze=False).flat, images + [None] * columns):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if entry is not None:
                 image, name, value = entry
                 axes.imshow(image, cmap='gray' if image.mode == 'L' else None, interpolation='none')
-                axes.set_xlabel(f'{literal(name)}\n{value:.3f}', fontsize=7)
+                axes.set_xlabel(f'{literal(name)}\n' + rf'$\Sigma\lambda_1$ = {value:.3f}', fontsize=7)
     return figure

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['COLUMN', 'colour', 'label_units', 'literal', 'new_figure', 'render', 'styled']
+__all__ = ['COLUMN', 'colour', 'label_units', 'legend_above', 'literal', 'new_figure', 'render', 'styled']
 
 COLUMN = 3.5  # inches: 89 mm, a column of a two-column page
 
@@ -97,6 +97,11 @@ def label_units(axes: 'Axes', units: Sequence[str], names: bool = True, letter: 
         start += width
     axes.set_xlim(0.5, start)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def legend_above(axes: 'Axes', columns: int) -> None:
+    """Put the legend over the stages' names, where it covers no data."""
+    axes.legend(ncols=columns, loc='lower center', bbox_to_anchor=(0.5, 1.06), columnspacing=1)
 
 
 @styled

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from timm_weighted_skip.analysis.collect import Collected
-from timm_weighted_skip.analysis.figures import colour, label_units, literal, new_figure, styled
+from timm_weighted_skip.analysis.figures import colour, label_units, legend_above, literal, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 from timm_weighted_skip.analysis.units import MappingUnit, mapping_units
 
@@ -113,7 +113,7 @@ def _draw_rounds(units: Sequence[MappingUnit], w: np.ndarray) -> 'Figure':
     axes.set_xlabel('mapping unit (number)')
     axes.set_ylabel('skip weight $w$ (no unit)')
     if w.shape[1] > 1:
-        axes.legend(ncols=2)
+        legend_above(axes, 4)
     return figure
 
 
@@ -132,7 +132,7 @@ def _draw_gates(collected: Collected) -> 'Figure':
     label_units(top, collected.units)
     label_units(bottom, collected.units, names=False)
     top.set_ylabel(f'weight {symbol} (no unit)')
-    top.legend(ncols=3, loc='upper center', bbox_to_anchor=(0.5, 1.32), columnspacing=1)
+    legend_above(top, 3)
     bottom.bar(number, weights.var(0), color=accent)
     bottom.set_ylabel(f'variance of {symbol}')
     bottom.set_xlabel(f'{what} (number)')

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from timm_weighted_skip.analysis.figures import colour, label_units, literal, new_figure, styled
+from timm_weighted_skip.analysis.figures import colour, label_units, legend_above, literal, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -67,5 +67,5 @@ def _draw(sizes: Mapping[str, np.ndarray], units: Sequence[str]) -> 'Figure':
     axes.set_ylim(bottom=0)
     axes.set_xlabel('mapping unit (number)')
     axes.set_ylabel('skip weight $|w|$ (no unit)')
-    axes.legend()
+    legend_above(axes, 1)
     return figure
