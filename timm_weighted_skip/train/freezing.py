@@ -18,9 +18,9 @@ NOTE = '_before_freezing'
 
 
 class _Before(NamedTuple):
-    """Names of what a net did not let be trained, and of what moved, before it was first frozen.
+    """Names of a net's parameters that were not trained, and of its norms that moved, before it was first frozen.
 
-    The net keeps it, so that its copies have theirs. Names, as a parameter or a module can be replaced by another.
+    The net keeps it, so that its copies have theirs. Names, as another parameter or norm can take the place of one.
     """
 
     frozen: set[str]
