@@ -111,8 +111,6 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     assert 'nothing to do' in called(tmp_path)[1]
     status, said = called(tmp_path, '--only', '*/seed2')
     assert (status, "no run matches --only '*/seed2'" in said) == (1, True)
-    with pytest.raises(SystemExit, match='2'):
-        called(tmp_path, '--only', '*/seed0', '--report')
 
     read_manifest, report = modules[0].read_manifest, modules[1]
     manifest = read_manifest(tmp_path / 'manifest.yaml')
@@ -230,6 +228,12 @@ def test_killed_and_interrupted_it_goes_on(tmp_path):
     assert status == 0, err
     result = json.loads((tmp_path / 'results/small/awm.seed0.json').read_text())
     assert [line['epoch'] for line in result['curve']] == list(range(6))
+
+
+def test_a_report_of_some_runs_is_refused(tmp_path, called, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        called(tmp_path, '--only', '*/seed0', '--report')
+    assert '--only does not go with --report' in capsys.readouterr().err
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
