@@ -47,11 +47,14 @@ def _read(
     return net, images, collect(net, images.loader(args.batch_size, args.workers))
 
 
-def _table(args: argparse.Namespace, nets: Sequence[nn.Module]) -> Result:
+def _check_no_image_options(args: argparse.Namespace) -> None:
+    for name in ('data_dir', 'input_size', 'mean', 'std', 'per_class'):
+        if getattr(args, name, None):
+            raise ValueError(f'--{name.replace("_", "-")} needs images; give --data')
+
+
+def _table(nets: Sequence[nn.Module]) -> Result:
     """What is known of the nets' weights without images."""
-    of_images = [name for name in ('data_dir', 'input_size', 'mean', 'std', 'per_class') if getattr(args, name, None)]
-    if of_images:
-        raise ValueError(f'--{of_images[0].replace("_", "-")} needs images; give --data')
     return unit_table(nets[0]) if len(nets) == 1 and gates(nets[0]) else rounds_table(nets)
 
 
@@ -61,7 +64,8 @@ def inspect_result(args: argparse.Namespace) -> Result:
         raise ValueError(f'--checkpoint with {len(args.model)} models; give one model, or no --checkpoint')
     pairs = [(model, checkpoint) for model in args.model for checkpoint in args.checkpoint or [None]]
     if args.data is None:
-        return _table(args, [load_net(model, checkpoint, args.model_kwargs) for model, checkpoint in pairs])
+        _check_no_image_options(args)
+        return _table([load_net(model, checkpoint, args.model_kwargs) for model, checkpoint in pairs])
     if len(pairs) > 1:
         raise ValueError(f'{len(pairs)} nets with --data; an AWM net is inspected alone')
     _, images, collected = _read(args, *pairs[0])
@@ -132,8 +136,9 @@ def write_report(args: argparse.Namespace) -> Path:
     as_it_is = not args.checkpoint and not args.model_kwargs
     logged = as_it_is and has_log(folder)
     if args.data is None:
+        _check_no_image_options(args)
         net = load_net(args.model, args.checkpoint, args.model_kwargs)
-        weights = _table(args, [net])
+        weights = _table([net])
     else:
         net, images, collected = _read(args, args.model, args.checkpoint)
         weights = gate_table(collected, images.classes)

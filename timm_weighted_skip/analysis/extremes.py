@@ -72,5 +72,5 @@ def _draw(sheet: dict[str, list[tuple[Image.Image, str, float]]], columns: int =
             if entry is not None:
                 image, name, value = entry
                 axes.imshow(image, cmap='gray' if image.mode == 'L' else None, interpolation='none')
-                axes.set_xlabel(f'{literal(name)}\n' + rf'$\Sigma\lambda_1$ = {value:.3f}', fontsize=7)
+                axes.set_xlabel(f'{literal(name)}\n$\\Sigma\\lambda_1$ = {value:.3f}', fontsize=7)
     return figure

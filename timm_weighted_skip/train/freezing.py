@@ -104,7 +104,7 @@ class AlternateFreezing:
         if phase == 'joint':
             self.release(model)
             return phase
-        net, gates = unwrap_model(model), self._gates(model)
+        net, gates = unwrap_model(model), _gates(model)
         if NOTE not in vars(net):
             vars(net)[NOTE] = _before(net)
         before = vars(net)[NOTE]
@@ -136,22 +136,22 @@ class AlternateFreezing:
                 parameter.requires_grad_(True)
         _set_tracking(net, before, True)
 
-    def _gates(self, model: nn.Module) -> set[nn.Parameter]:
-        """The parameters of the gates of a net that can be trained in phases."""
-        net = unwrap_model(model)
-        gates = {p for m in net.modules() if isinstance(m, Gate) for p in m.parameters()}
-        if not gates:
-            raise ValueError(
-                f'{type(net).__name__} has no gates to train in turn with its backbone; nets that have are called '
-                'awm_* (such as awm_resnet20_cifar), made without plain=True; or train with period 0'
-            )
-        if any(getattr(m, 'grad_checkpointing', False) for m in net.modules()) and use_reentrant_ckpt():
-            raise ValueError(
-                're-entrant gradient checkpointing passes no gradient through a frozen backbone; '
-                'unset TIMM_REENTRANT_CKPT'
-            )
-        _check_data_parallel(model)
-        return gates
+
+def _gates(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of the gates of a net that can be trained in phases."""
+    net = unwrap_model(model)
+    gates = {p for m in net.modules() if isinstance(m, Gate) for p in m.parameters()}
+    if not gates:
+        raise ValueError(
+            f'{type(net).__name__} has no gates to train in turn with its backbone; nets that have are called '
+            'awm_* (such as awm_resnet20_cifar), made without plain=True; or train with period 0'
+        )
+    if any(getattr(m, 'grad_checkpointing', False) for m in net.modules()) and use_reentrant_ckpt():
+        raise ValueError(
+            're-entrant gradient checkpointing passes no gradient through a frozen backbone; unset TIMM_REENTRANT_CKPT'
+        )
+    _check_data_parallel(model)
+    return gates
 
 
 def _before(net: nn.Module) -> _Before:
