@@ -1,5 +1,7 @@
 """Image sets in memory and their batches, against torchvision's transforms."""
 
+import struct
+
 import numpy as np
 import pytest
 import timm
@@ -8,6 +10,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision.transforms import functional as tv
 
+from timm_weighted_skip.analysis.data import load_images
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.recipe import Recipe
@@ -127,6 +130,24 @@ def test_a_folders_classes_have_timms_numbers(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(OSError, match=r'ant/a\.png is not a readable image'):
         load_image_set('folder', True, tmp_path)
+
+
+def test_torchvisions_files_are_read_by_training_and_by_analyses(tmp_path):
+    raw = tmp_path / 'MNIST/raw'
+    raw.mkdir(parents=True)
+    images, labels = np.arange(5 * 4 * 4, dtype=np.uint8).reshape(5, 4, 4), np.arange(5, dtype=np.uint8)
+    for part in ('train', 't10k'):
+        for name, array in (('images-idx3', images), ('labels-idx1', labels)):
+            header = struct.pack(f'>{1 + array.ndim}i', 0x800 + array.ndim, *array.shape)
+            (raw / f'{part}-{name}-ubyte').write_bytes(header + array.tobytes())
+    data = load_image_set('mnist', False, tmp_path)
+    assert torch.equal(data.images[..., 0], torch.from_numpy(images))
+    assert data.labels.tolist() == labels.tolist()
+    assert data.classes[7] == '7 - seven'
+    analysed = load_images('mnist', timm.create_model('adaresnet14_cifar', in_chans=1), tmp_path, mean=(0,), std=(1,))
+    assert analysed.classes == list(data.classes)
+    assert np.array_equal(analysed.picture(3), images[3])
+    assert analysed[3][1] == 3
 
 
 def test_what_is_no_image_set_is_refused_in_one_line(tmp_path):

@@ -326,6 +326,7 @@ def test_convert_and_fold_take_a_run(tmp_path):
         (['inspect', 'evil.safetensors'], 'says things of its net that make no sense'),
         (['inspect', 'count.safetensors'], 'says things of its net that make no sense'),
         (['inspect', 'list.safetensors'], 'says things of its net that make no sense'),
+        (['inspect', 'foreign.safetensors'], 'is of a net that is not registered here: no model is called'),
         (['save', 'adaresnet14_cifar', '--checkpoint', 'list.pth', '--output', 'x'], 'list.pth is not a checkpoint'),
         (['save', 'adaresnet14_cifar', '--checkpoint', 'empty.pth', '--output', 'x'], 'empty.pth is not a checkpoint'),
     ],
@@ -344,6 +345,7 @@ def test_what_a_run_can_not_give_is_one_clear_line(tmp_path, capsys, monkeypatch
         'evil': {'model_kwargs': '{"checkpoint_path": "list.pth"}'},
         'count': {'classes': '5'},
         'list': {'model_kwargs': '[]'},
+        'foreign': {'model': 'adaresnet15_cifar'},
     }.items():
         safetensors.torch.save_file(net.state_dict(), f'{name}.safetensors', {**about.metadata(), **change})
     torch.save([1, 2], 'list.pth')

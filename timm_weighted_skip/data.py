@@ -80,7 +80,7 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
     except RuntimeError as error:
         raise OSError(
             f"no {name} in {root}: neither {name}_{'train' if train else 'test'}.npz nor torchvision's files, "
-            f'which --download fetches ({error})'
+            f'which weighted-skip train and eval fetch with --download ({error})'
         ) from None
     return _image_set(data.data, data.targets, data.classes)
 

@@ -161,7 +161,15 @@ def find_net(source: str, checkpoint: Optional[Union[str, Path]] = None) -> Name
         return replace(found, weights=checkpoint)
     if _architecture(found.name) not in (split_model_name_tag(trained.model)[0], None):
         raise ValueError(f'{checkpoint} is of {trained.model}, not of {source}; name {trained.model} with it')
-    return NamedNet(trained.model, trained.arguments(), checkpoint)
+    return _trained_net(trained, checkpoint)
+
+
+def _trained_net(trained: Trained, file: Path) -> NamedNet:
+    try:
+        check_model_name(trained.model)
+    except ValueError as error:
+        raise ValueError(f'{file} is of a net that is not registered here: {error}') from None
+    return NamedNet(trained.model, trained.arguments(), file)
 
 
 def _architecture(name: str) -> Optional[str]:
@@ -179,8 +187,7 @@ def _find(source: str) -> NamedNet:
     if (path / LAST).is_file():
         path = path / LAST
     if path.is_file():
-        trained = Trained.read(path)
-        return NamedNet(trained.model, trained.arguments(), path)
+        return _trained_net(Trained.read(path), path)
     if path.is_dir() and not timm.is_model(source):
         runs = sorted(run.parent.name for run in path.glob(f'*/{LAST}'))
         instead = f'one of its runs, {", ".join(runs)}' if runs else 'one that has'

@@ -87,7 +87,7 @@ def load_images(
     train = split in ('train', 'training')
     npz = Path(data_dir or '.', f'{name}_{"train" if train else "test"}.npz')
     source: Any
-    if name == 'digits' or npz.is_file() or (data_dir is None and '/' not in name):
+    if name in ('digits', *FETCHED) or npz.is_file() or (data_dir is None and '/' not in name):
         data = load_image_set(name, train, data_dir)
         source, classes = _Pictures(data), list(data.classes)
     elif name == 'folder':
@@ -100,9 +100,8 @@ def load_images(
         except (RuntimeError, AssertionError) as error:
             # torchvision goes on to an argument that the commands do not have.
             reason = str(error).splitlines()[0].partition('. You can use download')[0]
-            fetch = '; weighted-skip train and eval fetch it with --download' if name in FETCHED else ''
             raise OSError(
-                f'no images of {name!r}, split {split!r}, in {data_dir}: no {npz.name}, and {reason}{fetch}'
+                f'no images of {name!r}, split {split!r}, in {data_dir}: no {npz.name}, and {reason}'
             ) from error
         if isinstance(source, IterableDataset):
             raise ValueError(f'{name!r} is a stream; give a data set whose images have numbers')
