@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
 
-from timm_weighted_skip.analysis.figures import colour, literal, new_figure, styled
+from timm_weighted_skip.analysis.figures import colour, legend_above, literal, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Fig
     top.set_ylabel('top-1 error (%)' if error else 'top-1 accuracy (%)')
     bottom.set_ylabel('loss (nats)')
     bottom.set_xlabel('epoch (number); thick: test, thin: training')
-    top.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=1 if max(map(len, names)) > 24 else 2)
+    legend_above(top, 1 if max(map(len, names)) > 24 else 2, 1.0)
     return figure
 
 

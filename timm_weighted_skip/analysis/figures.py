@@ -99,9 +99,9 @@ def label_units(axes: 'Axes', units: Sequence[str], names: bool = True, letter: 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def legend_above(axes: 'Axes', columns: int) -> None:
-    """Put the legend over the stages' names, where it covers no data."""
-    axes.legend(ncols=columns, loc='lower center', bbox_to_anchor=(0.5, 1.06), columnspacing=1)
+def legend_above(axes: 'Axes', columns: int, bottom: float = 1.06) -> None:
+    """Put the legend where it covers no data: from `bottom` of the axes' height on, which is over the stages' names."""
+    axes.legend(ncols=columns, loc='lower center', bbox_to_anchor=(0.5, bottom), columnspacing=1)
 
 
 @styled
