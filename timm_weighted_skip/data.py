@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
-__all__ = ['FETCHED', 'SETS', 'ImageSet', 'load_image_set', 'open_folder']
+__all__ = ['FETCHED', 'SETS', 'ImageSet', 'load_image_set', 'open_folder', 'torchvision_reason']
 
 FETCHED = ('cifar10', 'cifar100', 'mnist')  # by torchvision
 SETS = (*FETCHED, 'digits', 'folder')
@@ -80,9 +80,14 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
     except RuntimeError as error:
         raise OSError(
             f"no {name} in {root}: neither {name}_{'train' if train else 'test'}.npz nor torchvision's files, "
-            f'which weighted-skip train and eval fetch with --download ({error})'
+            f'which weighted-skip train and eval fetch with --download ({torchvision_reason(error)})'
         ) from None
     return _image_set(data.data, data.targets, data.classes)
+
+
+def torchvision_reason(error: Exception) -> str:
+    """What torchvision says is wrong with its files, without its advice to use an argument that no command here has."""
+    return str(error).splitlines()[0].partition('. You can use download')[0]
 
 
 def open_folder(root: Path, train: bool) -> ImageDataset:

@@ -11,7 +11,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from timm_weighted_skip.data import FETCHED, ImageSet, load_image_set, open_folder
+from timm_weighted_skip.data import FETCHED, ImageSet, load_image_set, open_folder, torchvision_reason
 
 __all__ = ['LabelledImages', 'load_images']
 
@@ -98,10 +98,8 @@ def load_images(
         try:
             source = create_dataset(dataset, root=str(data_dir) if data_dir else None, split=split)
         except (RuntimeError, AssertionError) as error:
-            # torchvision goes on to an argument that the commands do not have.
-            reason = str(error).splitlines()[0].partition('. You can use download')[0]
             raise OSError(
-                f'no images of {name!r}, split {split!r}, in {data_dir}: no {npz.name}, and {reason}'
+                f'no images of {name!r}, split {split!r}, in {data_dir}: no {npz.name}, and {torchvision_reason(error)}'
             ) from error
         if isinstance(source, IterableDataset):
             raise ValueError(f'{name!r} is a stream; give a data set whose images have numbers')
