@@ -259,6 +259,29 @@ def test_a_gpu_trains_and_infers_under_autocast(name, dtype, layout):
 
 
 @needs_gpu
+@pytest.mark.parametrize('name', ['awm_resnet50', 'adaresnet50'])
+def test_a_gpu_trains_alike_when_compiled(name):
+    """As above: the compiled net's gradients are no further from those in 64 bits than the plain formula's, eager."""
+    model = trained_gates(name, layers=(1, 1, 1, 1), num_classes=10).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 160, 160, device='cuda').contiguous(memory_format=torch.channels_last)
+
+    def gradients_of(model, x, forward):
+        forward(x).float().square().mean().backward()
+        return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if 'merge' in n]).double()
+
+    exact = copy.deepcopy(model.train()).double()
+    exact = gradients_of(exact, x.double(), exact)
+    errors = []
+    for compiled in (True, False):
+        set_fused_merge(compiled)
+        net = copy.deepcopy(model)
+        with torch.autocast('cuda', torch.bfloat16):
+            errors.append((gradients_of(net, x, torch.compile(net) if compiled else net) - exact).norm())
+    set_fused_merge(True)
+    assert errors[0] <= 1.5 * errors[1] + 1e-3 * exact.norm()
+
+
+@needs_gpu
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_a_gpu_keeps_identity_to_the_bit_and_compiles(layout):
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

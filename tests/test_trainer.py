@@ -54,7 +54,7 @@ def make_trainer(model='awm_resnet14_cifar', **recipe):
 
 def bits(net):
     state = net.state_dict()
-    return {name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in state.items()}
+    return {name: t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in state.items()}
 
 
 @pytest.mark.parametrize(
