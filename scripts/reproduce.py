@@ -92,9 +92,9 @@ def start(job: Job, runs: Path, args: argparse.Namespace, threads: int) -> Proce
         job.check(asdict(read_task(folder)[0]), folder)
         command += ['--resume', str(folder)]
     else:
-        command += [*job.run.arguments(), '--seed', str(job.seed), '--device', args.device]
-        command += ['--data-dir', str(args.data_dir)] if args.data_dir else []
+        command += [*job.run.arguments(), '--seed', str(job.seed)]
         command += ['--output', str(folder.parent), '--experiment', folder.name]
+    command += ['--device', args.device, *(['--data-dir', str(args.data_dir)] if args.data_dir else [])]
     with folder.with_suffix('.out').open('ab') as output:
         # A session of its own: a Ctrl-C in the terminal reaches this process alone, which passes it on once.
         handle = subprocess.Popen(

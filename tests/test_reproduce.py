@@ -215,6 +215,8 @@ def test_killed_and_interrupted_it_goes_on(tmp_path):
         out, err = process.communicate(timeout=60)
         assert (process.returncode, '1 left; the same command goes on' in out) == (0, True), err
 
+    settings = log.with_name('args.yaml')
+    settings.write_text(settings.read_text().replace('device: cpu', 'device: cuda'))  # it goes on where it is told to
     process = start(tmp_path, '--only', '*/awm/seed0')
     wait_for_lines(3, process)
     process.kill()  # its training lives on

@@ -213,18 +213,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert checkpoints.read_checkpoint(tmp_path / 'run', [''])[1]['updates'] >= 22
 
 
-def test_ctrl_c_while_testing_keeps_the_epoch(tmp_path, monkeypatch):
+@pytest.fixture
+def stopped_run(tmp_path, monkeypatch):
+    """The folder of a run that was interrupted while its first epoch was being tested."""
     evaluate = Trainer.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, 'evaluate', lambda self: os.kill(os.getpid(), signal.SIGINT) or evaluate(self))
+        patch.setattr(runs.platform, 'processor', lambda: 'one machine')
+        with pytest.raises(SystemExit):
+            main(train_args(tmp_path))
+    return tmp_path / 'run'
 
-    def interrupted(trainer):
-        os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(trainer)
 
-    monkeypatch.setattr(Trainer, 'evaluate', interrupted)
-    with pytest.raises(SystemExit):
-        main(train_args(tmp_path))
-    assert checkpoints.read_checkpoint(tmp_path / 'run', [''])[1]['epoch'] == 1
-    assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) == 1
+def test_ctrl_c_while_testing_keeps_the_epoch(stopped_run):
+    assert checkpoints.read_checkpoint(stopped_run, [''])[1]['epoch'] == 1
+    assert len((stopped_run / 'log.jsonl').read_text().splitlines()) == 1
+
+
+def test_a_run_that_went_on_elsewhere_names_both_devices(stopped_run, monkeypatch):
+    monkeypatch.setattr(runs.platform, 'processor', lambda: 'another')
+    assert main(['train', '--resume', str(stopped_run)]) == 0
+    assert json.loads((stopped_run / 'result.json').read_text())['device'] == 'one machine and another'
 
 
 @pytest.mark.parametrize('name', ['last.safetensors', 'model_best.safetensors'])

@@ -207,6 +207,7 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
     net = make_net(task.model, train, task.pretrained, **recipe.model_kwargs)
     trainer = Trainer(net, recipe, train, test, task.device)
     book = _resume(task, folder, trainer)
+    book['devices'] = [*dict.fromkeys([*book['devices'], _device_name(trainer.device)])]
     with tqdm(
         total=trainer.epochs * trainer.updates_per_epoch * recipe.grad_accum_steps * recipe.batch_size,
         initial=trainer.position.updates * recipe.grad_accum_steps * recipe.batch_size,
@@ -222,6 +223,10 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
             _save(task, folder, trainer, book)
             raise KeyboardInterrupt from None
     return _finish(task, folder, trainer, book, analysis)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or 'cpu'
 
 
 def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar: tqdm) -> None:
@@ -275,7 +280,7 @@ def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> No
     weights = {'': trainer.net.state_dict()}
     if trainer.ema:
         weights['ema'] = trainer.ema.module.state_dict()
-    kept = {name: book[name] for name in ('wall_time', 'best', 'last') if name in book}
+    kept = {name: book[name] for name in ('wall_time', 'devices', 'best', 'last') if name in book}
     state = {**trainer.state_dict(), 'book': kept, 'model': task.model, 'recipe': asdict(task.recipe)}
     save_checkpoint(folder, weights, state, _metadata(task, trainer))
     _link(folder, trainer, book)
@@ -291,7 +296,7 @@ def _link(folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
 
 def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Bring `trainer` to the folder's newest checkpoint, if there is one; returns the run's bookkeeping."""
-    book: dict[str, Any] = {'log': [], 'wall_time': 0.0}
+    book: dict[str, Any] = {'log': [], 'wall_time': 0.0, 'devices': []}
     checkpoint = read_checkpoint(folder, ['', 'ema'] if trainer.ema else [''])
     if checkpoint is None:
         return book
@@ -353,7 +358,7 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
         'recipe': asdict(task.recipe),
         'mean': trainer.mean,
         'std': trainer.std,
-        'device': torch.cuda.get_device_name() if trainer.device.type == 'cuda' else platform.processor() or 'cpu',
+        'device': ' and '.join(book['devices']),
         'threads': torch.get_num_threads(),
         'compiled': bool(trainer.compiled),
         'amp': bool(trainer.amp),
