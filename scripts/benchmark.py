@@ -236,19 +236,27 @@ def table(rows: list[Row], plain: str) -> str:
 
 
 def readme_table(files: list[Path]) -> str:
-    """What runs with `--json` measured, in short: a row for each net that is not plain, a column for each kind of run.
+    """What runs with `--json` measured, in short: per device a table of the nets that are not plain by kind of run.
 
     Raises:
         OSError, ValueError: A file can't be read, or is none of `--json`.
     """
-    columns: dict[str, dict[str, str]] = {}
-    settings: set[str] = set()
+    of_device: dict[str, list[tuple[dict, dict[str, dict]]]] = {}
     for file in files:
         try:
             run = json.loads(file.read_text())
             setting, rows = run['setting'], {row['model']: row for row in run['rows']}
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f'{file} is not a file that --json wrote') from error
+        of_device.setdefault(setting['device'], []).append((setting, rows))
+    return '\n\n'.join(map(device_table, of_device.values()))
+
+
+def device_table(runs: list[tuple[dict, dict[str, dict]]]) -> str:
+    """The table of one device from the settings of its runs and their rows by model."""
+    columns: dict[str, dict[str, str]] = {}
+    settings: set[str] = set()
+    for setting, rows in runs:
         flags = [name.replace('_', ' ') for name in ('compile', 'amp', 'channels_last') if setting[name] == 'True']
         times, saved = ', '.join([setting['mode'], *flags]), ', '.join(['saved', *flags])
         for name, row in rows.items():
@@ -258,8 +266,9 @@ def readme_table(files: list[Path]) -> str:
                 if row['saved']:
                     columns.setdefault(saved, {})[name] = f'{row["saved"] / rows[plain]["saved"]:.3f}'
         threads = f', {setting["threads"]} thread' if setting['device'] == 'cpu' else ''
+        batch = f', batches of {setting["batch_size"]}' if setting['batch_size'] else ''
         versions = f'torch {setting["torch"]}, timm {setting["timm"]}'
-        settings.add(f'{setting["device"]}{threads}, {setting["rounds"]} rounds, {versions}')
+        settings.add(f'{setting["device"]}{threads}{batch}, {setting["rounds"]} rounds, {versions}')
     names = dict.fromkeys(name for column in columns.values() for name in column)
     lines = [['model', *columns], ['---', *['---:'] * len(columns)]]
     lines += [[name, *(column.get(name, '-') for column in columns.values())] for name in names]
@@ -330,6 +339,7 @@ def main() -> int:
     speed = copy_speed(args.device)
     setting: dict[str, object] = {key: str(value) if value is not None else None for key, value in vars(args).items()}
     setting |= {
+        'device': torch.cuda.get_device_name(args.device) if args.device.type == 'cuda' else str(args.device),
         'torch': torch.__version__,
         'timm': timm.__version__,
         'commit': package_commit(),

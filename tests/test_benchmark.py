@@ -57,6 +57,7 @@ def test_a_bottleneck_in_eval_pools_a_quarter_of_its_branch(benchmark, tmp_path)
 
 def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
     setting = dict(device='cpu', threads='1', rounds='21', torch='2.9', timm='1.0', compile='False', amp='False')
+    setting |= dict(batch_size=None)
 
     def write(name, rows, **kwargs):
         rows = [dict(model=model, ratio=ratio, saved=saved) for model, ratio, saved in rows]
@@ -75,7 +76,12 @@ def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
         mode='eval',
         channels_last='False',
     )
-    assert benchmark('--readme', infer, train) == 0
+    gpu = write(
+        'gpu.json',
+        [('resnet18', [1, 1, 1], 0.0), ('awm_resnet18', [1, 1.1, 1.2], 0.0)],
+        **dict(mode='eval', device='A GPU', batch_size='256', amp='True', channels_last='False'),
+    )
+    assert benchmark('--readme', infer, train, gpu) == 0
     assert capsys.readouterr().out.splitlines() == [
         '| model | eval | train, channels last | saved, channels last |',
         '| --- | ---: | ---: | ---: |',
@@ -83,6 +89,12 @@ def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
         '| adaresnet18 | 1.000 [0.900, 1.000] | - | - |',
         '',
         'Measured on: cpu, 1 thread, 21 rounds, torch 2.9, timm 1.0.',
+        '',
+        '| model | eval, amp |',
+        '| --- | ---: |',
+        '| awm_resnet18 | 1.100 [1.000, 1.200] |',
+        '',
+        'Measured on: A GPU, batches of 256, 21 rounds, torch 2.9, timm 1.0.',
     ]
 
 
