@@ -90,9 +90,10 @@ def test_under_checkpointing():
 
 
 def test_under_compile():
-    net = make_net()
-    model = torch.compile(net, backend='aot_eager')
-    assert_alternates(net, model, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(3))
+    net, compiled, aot_eager = make_net(), [], torch._dynamo.lookup_backend('aot_eager')
+    model = torch.compile(net, backend=lambda graph, inputs: compiled.append(graph) or aot_eager(graph, inputs))
+    assert_alternates(net, model, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(4))
+    assert len(compiled) == 2  # once for each phase
 
 
 def test_on_a_densenet():

@@ -1,9 +1,7 @@
 """Alternating training of backbone and gates (AWM, arXiv 1811.06878, section 3.2)."""
 
-from functools import cache
 from typing import Literal, NamedTuple
 
-import torch
 from timm.layers import use_reentrant_ckpt
 from timm.utils import unwrap_model
 from torch import nn
@@ -108,8 +106,6 @@ class AlternateFreezing:
         if NOTE not in vars(net):
             vars(net)[NOTE] = _before(net)
         before = vars(net)[NOTE]
-        if epoch % self.period == 0:
-            _compile_again(model)
         for name, parameter in net.named_parameters():
             if name in before.frozen:
                 continue
@@ -120,6 +116,7 @@ class AlternateFreezing:
             parameter.requires_grad_(trained)
             if not trained:
                 parameter.grad = None
+        _have_guards_checked(net)
         # Not `norm.eval()`, which the next `model.train()` would undo, and which normalises by other numbers.
         _set_tracking(net, before, phase == 'backbone' or not self.freeze_bn_stats)
         return phase
@@ -130,10 +127,10 @@ class AlternateFreezing:
         before = vars(net).pop(NOTE, None)
         if before is None:
             return
-        _compile_again(model)
         for name, parameter in net.named_parameters():
             if name not in before.frozen:
                 parameter.requires_grad_(True)
+        _have_guards_checked(net)
         _set_tracking(net, before, True)
 
 
@@ -167,33 +164,16 @@ def _set_tracking(net: nn.Module, before: _Before, tracking: bool) -> None:
             module.track_running_stats = tracking  # type: ignore[assignment]
 
 
-def _compile_again(model: nn.Module) -> None:
-    """Have the first step after freezing or thawing compile again, where the compiler would not see the change."""
-    if _is_compiled(model) and not _compiler_sees_freezing():
-        torch.compiler.reset()
+def _have_guards_checked(net: nn.Module) -> None:
+    """Have torch.compile see what was frozen and thawed.
 
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether `model` or what it wraps goes through torch.compile."""
-    if any(getattr(model, name, None) is not None for name in ('_orig_mod', '_compiled_call_impl')):
-        return True
-    wrapped = getattr(model, 'module', None)
-    return isinstance(wrapped, nn.Module) and _is_compiled(wrapped)
-
-
-@cache
-def _compiler_sees_freezing() -> bool:
-    """Whether a compiled net is compiled anew when a parameter's `requires_grad` changes. It is not by torch 2.8.
-
-    There a frozen and thawed parameter would get no gradient, and nothing would say so.
+    In some versions (2.8 and 2.11, not 2.14) a compiled net does not look at its parameters again while the dicts that
+    hold them are as they were: a frozen and thawed parameter would get no gradient, and nothing would say so.
     """
-    net = nn.Linear(1, 1)
-    compiled = torch.compile(net, backend='aot_eager')
-    for frozen, trained in ((net.weight, net.bias), (net.bias, net.weight)):
-        frozen.requires_grad_(False)
-        trained.requires_grad_(True)
-        compiled(torch.ones(1, 1)).sum().backward()
-    return net.weight.grad is not None
+    for module in net.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, None)
+            module.register_parameter(name, parameter)
 
 
 def _check_data_parallel(model: nn.Module) -> None:
