@@ -196,9 +196,11 @@ class Report:
                 for r in found.values()
             ]
             swept = sweep(every, experiment.against)
-            title = f'Error against {experiment.against}'
-            parts += [f'{key}: {value}' for key, value in swept.about.items() if key != 'runs']
-            parts += [swept.tables['sweep'].markdown(), self.picture(swept, 'sweep', f'{experiment.name}-sweep', title)]
+            points = swept.tables['sweep']
+            if len({row[1] for row in points.rows}) > 1:  # else there is nothing to see yet
+                title = f'Error against {experiment.against}'
+                parts += [f'{key}: {value}' for key, value in swept.about.items() if key != 'runs']
+                parts += [points.markdown(), self.picture(swept, 'sweep', f'{experiment.name}-sweep', title)]
         for name, of_seed in results.items():
             weights = weights_of(experiment.runs[name], of_seed)
             if weights is not None:
