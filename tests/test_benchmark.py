@@ -56,8 +56,8 @@ def test_a_bottleneck_in_eval_pools_a_quarter_of_its_branch(benchmark, tmp_path)
 
 
 def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
-    setting = dict(device='cpu', threads='1', rounds='21', torch='2.9', timm='1.0', compile='False', amp='False')
-    setting |= dict(batch_size=None)
+    setting = dict(device='cpu', threads='1', rounds='21', batch_size=None, torch='2.9', timm='1.0')
+    setting |= dict(compile='False', amp='False')
 
     def write(name, rows, **kwargs):
         rows = [dict(model=model, ratio=ratio, saved=saved) for model, ratio, saved in rows]
