@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from test_freezing import groups
 from test_trainer import bits, image_set
 
-from timm_weighted_skip.layers import Gate
 from timm_weighted_skip.train.recipe import Recipe
 from timm_weighted_skip.train.trainer import Trainer, make_net
 
@@ -30,9 +30,7 @@ def make_trainer(**recipe):
 def test_frozen_group_is_unmoved_by_a_bit_and_the_other_moves(recipe):
     trainer = make_trainer(**recipe)
     assert trainer.amp
-    gates = {p for m in trainer.net.modules() if isinstance(m, Gate) for p in m.parameters()}
-    gates = {name for name, parameter in trainer.net.named_parameters() if parameter in gates}
-    backbone = {name for name, _ in trainer.net.named_parameters()} - gates
+    gates, backbone = groups(trainer.net)
     for phase in ('backbone', 'gates', 'backbone', 'gates'):
         before = bits(trainer.net)
         assert trainer.train_epoch()['phase'] == phase

@@ -15,10 +15,10 @@ import torch
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
+from test_freezing import groups
 
 from timm_weighted_skip.cli import build_parser, main
 from timm_weighted_skip.data import ImageSet
-from timm_weighted_skip.layers import Gate
 from timm_weighted_skip.models.pretrained import checkpoint_root
 from timm_weighted_skip.train import checkpoint as checkpoints
 from timm_weighted_skip.train import runs
@@ -74,15 +74,13 @@ def bits(net):
 )
 def test_frozen_group_is_unmoved_by_a_bit_and_the_other_moves(recipe):
     trainer = make_trainer(**recipe)
-    modules = dict(trainer.net.named_modules())
-    gates = {f'{m}.{p}' for m in modules if isinstance(modules[m], Gate) for p, _ in modules[m].named_parameters()}
-    parameters = {name for name, _ in trainer.net.named_parameters()}
+    gates, backbone = groups(trainer.net)
     for phase in ('backbone', 'gates', 'backbone'):
         before = bits(trainer.net)
         assert trainer.train_epoch()['phase'] == phase
         after = bits(trainer.net)
-        moved = {name for name in parameters if after[name] != before[name]}
-        assert moved == (gates if phase == 'gates' else parameters - gates)
+        moved = {name for name in gates | backbone if after[name] != before[name]}
+        assert moved == (gates if phase == 'gates' else backbone)
 
 
 def test_learns_what_can_be_learnt():
