@@ -143,7 +143,7 @@ class Recipe:
     amp: Optional[bool] = _switch(None, 'bfloat16 autocast (on CUDA)')
     channels_last: Optional[bool] = _switch(None, 'channels-last memory layout (always)')
     torchcompile: Optional[bool] = _switch(None, 'torch.compile (where the run is long enough to win)')
-    torchcompile_mode: Optional[str] = _option(None, "torch.compile's mode, such as reduce-overhead", str, 'MODE')
+    torchcompile_mode: Optional[str] = _option(None, "torch.compile's mode (on a GPU reduce-overhead)", str, 'MODE')
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -228,10 +228,13 @@ class Trainer:
             self.compiled = _compiles(self.device, self.epochs * len(train.labels))
         self.model: nn.Module = self.net
         if self.compiled:
+            mode = recipe.torchcompile_mode
+            if mode is None and self.device.type == 'cuda':
+                mode = 'reduce-overhead'  # CUDA graphs: launching the kernels of a small net takes longer than they do
             try:
-                self.model = torch.compile(self.net, mode=recipe.torchcompile_mode)  # type: ignore[assignment]
+                self.model = torch.compile(self.net, mode=mode)  # type: ignore[assignment]
             except RuntimeError as error:
-                raise ValueError(f'torchcompile_mode={recipe.torchcompile_mode!r}: {error}') from None
+                raise ValueError(f'torchcompile_mode={mode!r}: {error}') from None
         self.position = Position()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
