@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_freezing import groups
 from test_trainer import bits, image_set
+from torch.profiler import ProfilerActivity, profile
 
 from timm_weighted_skip.train.recipe import Recipe
 from timm_weighted_skip.train.trainer import Trainer, make_net
@@ -71,3 +72,12 @@ def test_compiled_it_takes_the_steps_of_eager_training(recipe, alternate_freeze)
     torch.testing.assert_close(compiled_loss, eager_loss, rtol=1e-3, atol=0)
     for name, move in eager.items():
         assert (compiled[name] - move).norm() <= 0.05 * move.norm() + 1e-6, name
+
+
+def test_a_compiled_step_is_two_cuda_graphs():
+    trainer = make_trainer(torchcompile=True, alternate_freeze=0)
+    trainer.train_epoch()  # which records them
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        trainer.train_epoch()
+    launches = {event.key: event.count for event in profiler.key_averages()}['cudaGraphLaunch']
+    assert launches == 2 * trainer.updates_per_epoch  # forward and backward
