@@ -75,6 +75,12 @@ def test_the_result_is_the_registered_net(plain, weighted):
     assert to_plain(registered).pretrained_cfg['architecture'] == plain
 
 
+def test_the_plain_form_of_a_short_name_is_registered():
+    plain = to_plain(timm.create_model('awm_densenet_bc', pretrained=False).eval())
+    assert plain.pretrained_cfg['architecture'] == 'densenet40_bc_cifar'
+    timm.create_model('densenet40_bc_cifar').load_state_dict(plain.state_dict())
+
+
 def test_a_converted_net_trains(images):
     net = to_awm(timm.create_model('resnet18', num_classes=3), hidden=4)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

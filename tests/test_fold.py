@@ -50,6 +50,7 @@ def test_resnet50_known_answer(dtype, bound):
         ('adaresnet18', {'sharing': 'unified'}),
         ('adaresnet18', {'skip_init': 2.0, 'skip_fixed': True}),
         ('adaresnet18', {'replace_stem_pool': True, 'stem_type': 'deep', 'avg_down': True}),
+        ('adaresnet18', {'replace_stem_pool': True, 'norm_layer': 'groupnorm'}),
         ('adaresnet18_released', {}),
     ],
 )

@@ -89,10 +89,12 @@ def _fold_stage(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str
             _scale_affine(block.bn3 if isinstance(block, Bottleneck) else block.bn2, after, names)
         after = before
     if after != 1:  # the stage opened with an identity shortcut
-        pool_norms = [module for module in net.maxpool.modules() if hasattr(module, 'running_mean')]
+        # A stem pool with a convolution of its own ends in a norm and an activation.
+        convolves = any(isinstance(module, nn.Conv2d) for module in net.maxpool.modules())
+        norm = list(net.maxpool.children())[-2] if convolves else net.bn1
         if not isinstance(net.act1, HOMOGENEOUS):
             raise ValueError(f'act1 is {type(net.act1).__name__}, which is not homogeneous: its input has one scale')
-        _scale_affine(pool_norms[-1] if pool_norms else net.bn1, after, names)
+        _scale_affine(norm, after, names)
     return kept
 
 

@@ -8,6 +8,9 @@ __all__ = ['plain_args', 'rename']
 
 MERGE_ARGS = ('hidden', 'plain', 'scale', 'sharing', 'skip_fixed', 'skip_init')
 
+SYNONYMS = {'densenet_bc': 'densenet40_bc_cifar'}
+"""What is registered of an architecture whose short name only one of its forms has."""
+
 
 def rename(model: nn.Module, prefix: str) -> None:
     """Note in the net's `pretrained_cfg` that it is now the `prefix` form ('' for plain) of its architecture.
@@ -16,7 +19,7 @@ def rename(model: nn.Module, prefix: str) -> None:
     """
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
     plain = (cfg.get('architecture') or '').removeprefix('awm_').removeprefix('ada')
-    cfg['architecture'] = f'{prefix}{plain}'
+    cfg['architecture'] = f'{prefix}{SYNONYMS.get(plain, plain)}'
     model.pretrained_cfg = model.default_cfg = cfg
 
 
