@@ -241,3 +241,34 @@ def test_wheel_takes_small_weights_and_every_config(tmp_path):
         'timm_weighted_skip/checkpoints/large.tag/config.json',
     }
     assert not included['editable']
+
+
+def test_a_fixed_weight_is_not_overwritten_by_a_plain_nets(tmp_path):
+    plain = timm.create_model('resnet14_cifar', pretrained=False)
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    source = {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(tmp_path / 'plain.safetensors')}}
+    with pytest.raises(ValueError, match=r'skip_fixed with skip_init=2\.0 is not the net of these weights'):
+        timm.create_model('adaresnet14_cifar', **source, skip_fixed=True, skip_init=2.0)
+    model = timm.create_model('adaresnet14_cifar', **source, skip_fixed=True)
+    assert model.layer1[0].merge.weight == 1
+
+
+@pytest.mark.parametrize(
+    ('config', 'why'),
+    [
+        ({'num_classes': 10, 'pretrained_cfg': {'input_size': None}}, 'cannot unpack'),
+        ({'num_classes': 10, 'pretrained_cfg': {'input_size': [32, 32]}}, 'not enough values'),
+        ({'num_classes': 10, 'pretrained_cfg': {}}, 'input_size'),
+        ({'num_classes': 10}, 'pretrained_cfg'),
+    ],
+)
+def test_a_config_that_timm_could_not_use_is_left_out(tmp_path, config, why):
+    for name, values in (
+        ('net.bad', config),
+        ('net.good', {'pretrained_cfg': {'num_classes': 10, 'input_size': [3, 32, 32], 'file': 'elsewhere'}}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'config.json').write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=rf'net.bad/config.json .* left out: .*{why}'):
+        cfgs = pretrained.staged_cfgs(tmp_path, ['net'])
+    assert {name: (cfg.num_classes, cfg.file) for name, cfg in cfgs.items()} == {'net.good': (10, None)}

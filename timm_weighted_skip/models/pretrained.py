@@ -63,14 +63,18 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
             known = {field.name for field in fields(PretrainedCfg)}
             stated = {k: v for k, v in config['pretrained_cfg'].items() if k in known}
             cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}  # timm's scripts add to shapes
+            _, _, _ = cfg['input_size']
+            weights = file.with_name('model.safetensors')
+            cfg.update(
+                num_classes=config.get('num_classes', cfg.get('num_classes')),
+                hf_hub_id=f'{HUB_OWNER}/{name_and_tag}',
+                file=str(weights) if weights.is_file() else None,
+            )
+            if not config.get('model_args'):
+                cfgs[name_and_tag] = PretrainedCfg(**cfg)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             # The other checkpoints and every net remain of use.
             warnings.warn(f'{file} is not a checkpoint config and is left out: {error}', stacklevel=2)
-            continue
-        if not config.get('model_args'):
-            weights = file.with_name('model.safetensors')
-            cfg.update(num_classes=config['num_classes'], hf_hub_id=f'{HUB_OWNER}/{name_and_tag}')
-            cfgs[name_and_tag] = PretrainedCfg(**cfg, file=str(weights) if weights.is_file() else None)
     return cfgs
 
 
@@ -124,14 +128,27 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     """Complete a plain backbone's state dict with weights at identity: `w = 1`, and gates whose last layer is 0.
 
     A state dict that has some of the weights is not a plain backbone's and stays as it is.
+
+    Raises:
+        ValueError: The net's weights are fixed at another value than the plain backbone's.
     """
     state_dict = dict(state_dict.get('state_dict', state_dict))
     own = model.state_dict()
     identity = {}
+    fixed = None
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SkipWeight) and module.weight is not None:
             identity[f'{name}.weight'] = torch.ones_like(own[f'{name}.weight'])
+            if not isinstance(module.weight, nn.Parameter) and module.init not in (0, 1):
+                fixed = module.init
         elif isinstance(module, Gate):
             identity[f'{name}.fc1.weight'] = own[f'{name}.fc1.weight']
             identity[f'{name}.fc2.weight'] = torch.zeros_like(own[f'{name}.fc2.weight'])
-    return state_dict if identity.keys() & state_dict.keys() else {**state_dict, **identity}
+    if identity.keys() & state_dict.keys():
+        return state_dict
+    if fixed is not None:
+        raise ValueError(
+            f'skip_fixed with skip_init={fixed!r} is not the net of these weights, whose skips weigh 1; leave '
+            "skip_init out, or load the weights and set each SkipWeight's `weight` yourself"
+        )
+    return {**state_dict, **identity}
