@@ -224,6 +224,8 @@ def half_an_npz(path):
         (lambda f, t: ['inspect', str(t)], 'neither config.json nor last.safetensors'),
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', str(t / 'x')], "no file '"),
         (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--checkpoint', f + '/model.safetensors'], 'do not fit awm'),
+        (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--model-kwargs', 'act_layer=x'], 'with these arguments'),
+        (lambda f, t: ['inspect', 'awm_resnet110_cifar', '--model-kwargs', 'global_pool=x'], 'Invalid pool type: x'),
         (lambda f, t: ['inspect', f + '/model.safetensors'], 'does not say which model it is of'),
         (lambda f, t: ['inspect', f, f, '--data', 'digits'], '2 nets with --data'),
         (lambda f, t: ['inspect', f, '--per-class'], '--per-class needs images'),

@@ -142,6 +142,8 @@ def test_safetensors_of_another_hand(folder):
         ({'model_args': {'pretrained_cfg_overlay': {'file': 'x.pth'}}}, 'pretrained_cfg_overlay among its model_args'),
         ({'model_args': [1]}, 'needs an object'),
         ({'num_classes': 3}, 'does not fit the weights|stored logits'),
+        ({'num_classes': None}, 'does not fit the weights'),
+        ({'num_classes': '10'}, 'does not fit the weights'),
         ({'pretrained_cfg': {'url': 'http://example.org/x.pth'}}, "sets url='http://example.org/x.pth'"),
         ({'pretrained_cfg': {'no_such': 1}}, 'no_such'),
         ({'results': {'top1': [1]}}, 'results lack'),
@@ -184,6 +186,12 @@ def test_weights_that_were_exchanged(folder):
     """Whole, finite and of the right shapes, but not those that the sample was made with."""
     rewrite(folder / 'model.safetensors', lambda t: t['layer1.0.conv1.weight'].mul_(-1))
     refused(folder, 'sample/logits.safetensors', 'stored logits')
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 32, 32), (1, 3, 2, 2)])
+def test_a_sample_that_the_net_does_not_take(folder, shape):
+    rewrite(folder / 'sample/logits.safetensors', lambda tensors: tensors.update(input=torch.zeros(shape)))
+    refused(folder, 'logits.safetensors', 'does not take the stored input')
 
 
 def test_no_such_folder(tmp_path):

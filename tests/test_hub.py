@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 from timm_weighted_skip import cli
 from timm_weighted_skip.convert import to_awm
-from timm_weighted_skip.hub import Results, save_checkpoint, validate_checkpoint
+from timm_weighted_skip.hub import Results, save_checkpoint, update_results, validate_checkpoint
 from timm_weighted_skip.hub.card import model_card
 from timm_weighted_skip.models.pretrained import HUB_OWNER, staged_cfgs
 from timm_weighted_skip.nets import Trained, load_net
@@ -172,6 +173,18 @@ def test_snippets_of_the_card_run(folder, tmp_path, monkeypatch):
     assert session['embedding'].shape == (1, 64)
 
 
+def test_the_card_tells_the_width_of_the_embedding(tmp_path):
+    args = {'global_pool': 'catavgmax'}
+    folder = save_checkpoint(trained_net(**args), tmp_path / 'net', model_args=args)
+    assert (folder / 'README.md').read_text().count('# (1, 128)') == 2
+
+
+def test_results_are_updated_from_within_the_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(folder, tmp_path / folder.name))
+    update_results(Path('.'), results())
+    assert Path('README.md').read_text() == (folder / 'README.md').read_text()
+
+
 @pytest.mark.parametrize('staged', STAGED, ids=lambda path: path.name)
 def test_staged_checkpoints_are_valid_and_their_cards_current(staged):
     validate_checkpoint(staged)
@@ -197,6 +210,10 @@ def test_digits_checkpoint_classifies_digits():
         ({'seed': 7}, 'the one whose weights these are'),
         ({'top1': [90.0, 101.0]}, r'accuracies in %'),
         ({'top1': 90.0}, 'wrong type'),
+        ({'top1': [True, 90.0]}, 'give accuracies in %'),
+        ({'commit': None}, 'commit=None is not allowed; give text'),
+        ({'dataset_id': None}, 'dataset_id=None is not allowed; give text'),
+        ({'epochs': None}, 'epochs=None is not allowed; give a whole number'),
         ({'accuracy': 90.0}, r"unknown \['accuracy'\]"),
     ],
 )
@@ -297,6 +314,15 @@ def test_a_saved_run_says_nothing_of_other_weights_of_its_model(tmp_path):
     assert 'license: cc-by-nc-4.0' in (tmp_path / 'saved/README.md').read_text()
     (run / 'result.json').unlink()
     assert 'results' not in saved_config(run, tmp_path / 'unfinished')
+
+
+def test_anothers_weights_have_no_classes_of_our_checkpoint(tmp_path):
+    """The bare name's default is trained on CIFAR-10; what a file of weights was trained on, nobody knows."""
+    weights = tmp_path / 'mnist.safetensors'
+    safetensors.torch.save_file(timm.create_model('awm_resnet14_cifar', in_chans=1).state_dict(), weights)
+    named = ['awm_resnet14_cifar', tmp_path / 'saved', '--checkpoint', str(weights), '--model-kwargs', 'in_chans=1']
+    assert 'airplane' in timm.get_pretrained_cfg_value('awm_resnet14_cifar', 'label_names')
+    assert 'label_names' not in saved_config(*named)['pretrained_cfg']
 
 
 def test_convert_and_fold_take_a_run(tmp_path):

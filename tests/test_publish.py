@@ -14,6 +14,8 @@ from test_pretrained import LOGITS
 
 from timm_weighted_skip import cli
 from timm_weighted_skip.hub import publish
+from timm_weighted_skip.hub.publish import _readdressed
+from timm_weighted_skip.models.pretrained import HUB_OWNER
 
 TOKEN = 'hf_token_of_user'
 REPO = 'user/net.test'
@@ -279,3 +281,13 @@ def test_truncated_download_leaves_no_file(hub, folder, tmp_path):
     new_process(LOAD, f'hf_hub:{REPO}', **env)
     (stored,) = (tmp_path / 'cache').rglob('model.safetensors')
     assert stored.read_bytes() == (folder / 'model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('name', ['awm+x', 'my net', 'x@1'])
+def test_a_card_is_of_the_repository_whatever_the_folder_was_called(tmp_path, name):
+    card = (make_checkpoint(tmp_path, name) / 'README.md').read_text()
+    assert f"'hf_hub:{HUB_OWNER}/{name}'" in card
+    readdressed = _readdressed(card, REPO)
+    assert f"'hf_hub:{REPO}'" in readdressed
+    assert '# Model card for net.test' in readdressed
+    assert name not in readdressed

@@ -24,6 +24,9 @@ LAST = 'last.safetensors'
 FOREIGN = {'cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 """Arguments of `timm.create_model` that are not the net's; a file from somewhere has no business with them."""
 
+UNKNOWN = dict.fromkeys(('tag', 'label_names', 'label_descriptions', 'description', 'origin_url'))
+"""What the default cfg of a registered model says of its own weights, and not of others."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -85,14 +88,14 @@ class Trained:
         """Those of `timm.create_model`."""
         shape = {'num_classes': len(self.classes), 'in_chans': self.input_size[0]}
         config = {
+            **UNKNOWN,
             'num_classes': len(self.classes),
             'input_size': tuple(self.input_size),
             'crop_pct': 1.0,
             'mean': tuple(self.mean),
             'std': tuple(self.std),
             'label_names': self.classes,
-            # What the registered model has of other weights.
-            **dict.fromkeys(('tag', 'test_input_size', 'test_crop_pct', 'description', 'origin_url')),
+            **dict.fromkeys(('test_input_size', 'test_crop_pct')),
         }
         return {**self.model_kwargs, **shape, 'pretrained_cfg_overlay': config}
 
@@ -126,14 +129,16 @@ class NamedNet:
                 f'{self.name}: no published weights and no --checkpoint given; these are initial weights',
                 file=sys.stderr,
             )
+        net = None
         try:
             net = timm.create_model(self.name, pretrained=published, **{**self.arguments, **model_kwargs})
             if state is not None:
                 net.load_state_dict(state)
-        except (RuntimeError, TypeError, LookupError, AttributeError, UnpicklingError) as error:
+        except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, UnpicklingError) as error:
             # torch lists every parameter that does not fit, after a line that names the class.
-            reason = shorten(' '.join(str(error).splitlines()[:2]), 300)
-            if isinstance(error, TypeError):
+            reason = shorten(' '.join(str(error).splitlines()[:2]), 300) or type(error).__name__
+            loading = net is not None or (published and isinstance(error, (RuntimeError, UnpicklingError)))
+            if not loading:
                 raise ValueError(f'{self.name} can not be made with these arguments: {reason}') from error
             raise ValueError(
                 f'the weights of {self.weights or self.name} do not fit {self.name}: {reason}; '
@@ -157,8 +162,8 @@ def find_net(source: str, checkpoint: Optional[Union[str, Path]] = None) -> Name
     found = _find(source)
     try:
         trained = Trained.read(checkpoint)
-    except ValueError:  # another trainer's checkpoints say nothing of themselves
-        return replace(found, weights=checkpoint)
+    except ValueError:  # another trainer's checkpoints say nothing of themselves, nor of their classes' names
+        return replace(found, weights=checkpoint, arguments={'pretrained_cfg_overlay': UNKNOWN, **found.arguments})
     if _architecture(found.name) not in (split_model_name_tag(trained.model)[0], None):
         raise ValueError(f'{checkpoint} is of {trained.model}, not of {source}; name {trained.model} with it')
     return _trained_net(trained, checkpoint)

@@ -63,11 +63,11 @@ import torch
 
 model = timm.create_model('hf_hub:{repo_id}', pretrained=True, num_classes=0).eval()
 images = torch.randn({shape})
-embedding = model(images)  # (1, {num_features})
+embedding = model(images)  # {embedding_shape}
 
 # or with the classifier in place:
 features = model.forward_features(images)  # {feature_shape}
-embedding = model.forward_head(features, pre_logits=True)  # (1, {num_features})"""
+embedding = model.forward_head(features, pre_logits=True)  # {embedding_shape}"""
 
 
 def _block(text: str, language: str = 'python') -> str:
@@ -105,6 +105,7 @@ def model_card(folder: Path, repo_id: str) -> str:
         model = build_net(config, folder / 'config.json').eval()
         stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
         costs = count_costs(model, image)
+        features = model.forward_features(image)  # type: ignore[operator]
     terms = cfg.get('license', 'apache-2.0')
 
     evaluation: dict[str, Any] = {}
@@ -147,8 +148,8 @@ def model_card(folder: Path, repo_id: str) -> str:
         topk=min(5, config['num_classes']),
         shape=', '.join(map(str, shape)),
         shapes='\n'.join(f'# torch.Size({list(feature.shape)})' for feature in stages),
-        num_features=config['num_features'],
-        feature_shape=tuple(model.forward_features(image).shape),  # type: ignore[operator]
+        feature_shape=tuple(features.shape),
+        embedding_shape=tuple(model.forward_head(features, pre_logits=True).shape),  # type: ignore[operator]
     )
     parts = [
         f'---\n{data.to_yaml()}\n---\n# Model card for {repo_id.split("/")[-1]}\n',

@@ -17,6 +17,9 @@ __all__ = ['build_net', 'validate_checkpoint']
 # Another CPU's convolutions differ in the last digits; another net differs in the first.
 SAMPLE_ERROR = 1e-3
 
+# What timm and torch raise over arguments, weights and images that no net takes.
+MISFITS = (RuntimeError, TypeError, LookupError, AssertionError)
+
 
 def _first(names: set[str]) -> str:
     return f'{", ".join(sorted(names)[:3])}{", ..." if len(names) > 3 else ""} ({len(names)})'
@@ -38,7 +41,7 @@ def build_net(config: dict[str, Any], file: Path, **kwargs: Any) -> nn.Module:
             raise ValueError(f'{file} sets {source}={cfg[source]!r}; the weights are those of its own directory')
     try:
         return timm.create_model(architecture, pretrained_cfg={**cfg, 'architecture': architecture}, **args, **kwargs)
-    except (RuntimeError, TypeError, LookupError, AssertionError) as error:
+    except MISFITS as error:
         raise ValueError(f'{file}: {architecture} cannot be built: {one_line(error)}') from None
 
 
@@ -94,7 +97,7 @@ def validate_checkpoint(folder: Path) -> nn.Module:
 
     try:
         model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    except RuntimeError as error:
+    except MISFITS as error:
         raise ValueError(f'{folder / "config.json"} does not fit the weights: {one_line(error)}') from None
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor, tensors[name].to(tensor.dtype)):
@@ -107,7 +110,10 @@ def validate_checkpoint(folder: Path) -> nn.Module:
 def _check_sample(model: nn.Module, sample: dict[str, torch.Tensor], file: Path) -> None:
     if sample.keys() != {'input', 'logits'}:
         raise ValueError(f'{file} holds {sorted(sample)}, not an input and its logits')
-    logits = model(sample['input'])
+    try:
+        logits = model(sample['input'])
+    except MISFITS as misfit:
+        raise ValueError(f'{file}: the net does not take the stored input: {one_line(misfit)}') from None
     error: Optional[float] = None
     if logits.shape == sample['logits'].shape:
         error = ((logits - sample['logits']).norm() / sample['logits'].norm().clamp_min(1e-12)).item()

@@ -61,8 +61,14 @@ class Results:
     comparison: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            value, kind = getattr(self, each.name), each.type
+            if kind in (str, int) and type(value) is not kind:
+                wanted = 'text' if kind is str else 'a whole number'
+                raise ValueError(f'results: {each.name}={value!r} is not allowed; give {wanted}')
         for name, values in {'top1': self.top1, **self.comparison}.items():
-            if not values or not all(isinstance(v, (int, float)) and 0 <= v <= 100 for v in values):
+            numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+            if not values or len(numbers) < len(values) or not all(0 <= v <= 100 for v in numbers):
                 raise ValueError(f'results: {name}={values!r} is not allowed; give accuracies in %, one per seed')
         if len(self.seeds) != len(self.top1) or self.seed not in self.seeds:
             raise ValueError(

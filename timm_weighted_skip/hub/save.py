@@ -80,7 +80,7 @@ def save_checkpoint(
 def update_results(folder: Path, results: Results) -> None:
     """Have config and card of a checkpoint directory say `results`, as when more seeds or a baseline were trained."""
     config = {**read_json(folder / 'config.json'), 'results': results.to_dict()}
-    _write_config_and_card(folder, config, folder.name)
+    _write_config_and_card(folder, config, folder.resolve().name)
 
 
 def _write_config_and_card(folder: Path, config: dict[str, Any], name: str) -> None:
