@@ -1,10 +1,13 @@
 """The command line: what a person sees, and one line for what they can mend."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from timm_weighted_skip import cli
 
@@ -37,6 +40,13 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr('timm_weighted_skip.quickstart.quickstart', lambda *args, **kwargs: interrupted(args))
     assert cli.main(['quickstart']) == 130
     assert capsys.readouterr().err == ''
+
+
+def test_ctrl_c_in_the_quickstarts_training_is_no_traceback(monkeypatch, capsys, tmp_path):
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, 'step', lambda *args: os.kill(os.getpid(), signal.SIGINT) or step(*args))
+    assert cli.main(['quickstart', '--epochs', '2', '--seeds', '1', '--out', str(tmp_path)]) == 130
+    assert 'Traceback' not in capsys.readouterr().err
 
 
 def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path, monkeypatch):

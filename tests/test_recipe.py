@@ -31,6 +31,30 @@ def test_a_recipes_value_of_another_kind_is_refused(name, value, instead):
         Recipe(**{name: value})
 
 
+def test_yamls_numbers_without_a_point_are_numbers(tmp_path):
+    path = tmp_path / 'mine.yaml'
+    path.write_text('lr: 1e-3\nopt_eps: 1e-7\nopt_betas: [9e-1, 999e-3]\nmean: [5e-1]\nstd: [1e-1]\n')
+    recipe = load_recipe(str(path))
+    assert (recipe.lr, recipe.opt_eps, recipe.opt_betas) == (1e-3, 1e-7, [0.9, 0.999])
+    assert (recipe.mean, recipe.std) == ([0.5], [0.1])
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'why'),
+    [
+        ('std', ['a'], "std='a' is not a number"),
+        ('mean', [float('nan')], r'mean=\[nan\] is not allowed; give finite numbers'),
+        ('opt_eps', 'abc', "opt_eps='abc' is not a number"),
+        ('opt_eps', -1, r'opt_eps=-1\.0 is not allowed; give a finite number of 0 or more'),
+        ('decay_milestones', ['a', 3], r"decay_milestones=\['a', 3\] is not allowed; give whole numbers"),
+        ('opt', None, 'opt=None is not allowed; give a name'),
+    ],
+)
+def test_a_recipes_bad_value_is_refused(name, value, why):
+    with pytest.raises(ValueError, match=why):
+        Recipe(**{name: value})
+
+
 def test_every_recipe_of_this_trainer_loads():
     for name in set(list_recipes()) - {'awm_imagenet'}:
         assert load_recipe(name, epochs=7).epochs == 7

@@ -364,10 +364,38 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path, capsys):
     refused('args.yaml')
 
 
+def test_a_checkpoint_from_before_an_option_existed_is_gone_on_with(tmp_path, capsys):
+    run_seeds_of(tmp_path)
+    result, args = tmp_path / 'run/result.json', tmp_path / 'run/args.yaml'
+    expected = json.loads(result.read_text())['last']
+    result.unlink()
+    file = next(result.parent.glob('checkpoint-*.pth.tar'))
+    state = torch.load(file, weights_only=True)
+    del state['recipe']['smoothing']
+    torch.save(state, file)
+    task = yaml.safe_load(args.read_text())
+    del task['recipe']['smoothing']
+    args.write_text(yaml.safe_dump(task))
+    assert main(['train', '--resume', str(args.parent)]) == 0
+    assert json.loads(result.read_text())['last'] == expected
+    result.unlink()
+    task['recipe']['lr'] = 0.7
+    args.write_text(yaml.safe_dump(task))
+    assert main(['train', '--resume', str(args.parent)]) == 1
+    assert '(differing: lr); resume a run in its own folder' in capsys.readouterr().err
+
+
+def test_torchcompile_without_a_compiler_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('PATH', '/nonexistent')
+    monkeypatch.delenv('CXX', raising=False)
+    assert main(train_args(tmp_path, '--torchcompile')) == 1
+    assert 'torchcompile needs a C++ compiler' in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, 'evaluate', poison_after(Trainer.evaluate))
     assert main(train_args(tmp_path)) == 1
-    assert 'the loss is nan in epoch 1; give a smaller --lr' in capsys.readouterr().err
+    assert 'the loss is nan in epoch 2; give a smaller --lr' in capsys.readouterr().err
     weights, state = checkpoints.read_checkpoint(tmp_path / 'run', [''])
     assert state['epoch'] == 1
     assert all(w.isfinite().all() for w in weights[''].values())

@@ -78,6 +78,13 @@ def _check_kind(option: Field, value: Any) -> None:
         raise ValueError(f'{option.name}={value!r} is not allowed; give {instead}')
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)  # YAML reads 1e-3, without a point, as a string
+    except (TypeError, ValueError):
+        raise ValueError(f'{name}={value!r} is not a number') from None
+
+
 def _as_in_yaml(value: Any) -> Any:
     """Lists for tuples, as a file gives the value back."""
     if isinstance(value, dict):
@@ -168,6 +175,19 @@ class Recipe:
         for name in ('hflip', 'smoothing', 'model_ema_decay'):
             if not 0 <= self._as_number(name) <= 1:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give a number from 0 to 1')
+        if self.opt_eps is not None and not 0 <= self._as_number('opt_eps') < math.inf:
+            raise ValueError(f'opt_eps={self.opt_eps!r} is not allowed; give a finite number of 0 or more')
+        for name in ('mean', 'std', 'opt_betas'):
+            if getattr(self, name) is not None:
+                setattr(self, name, [_number(name, each) for each in getattr(self, name)])
+                if not all(map(math.isfinite, getattr(self, name))):
+                    raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give finite numbers')
+        for milestone in self.decay_milestones:
+            if isinstance(milestone, bool) or not isinstance(milestone, int):
+                raise ValueError(f'decay_milestones={self.decay_milestones!r} is not allowed; give whole numbers')
+        for name in ('opt', 'sched'):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give a name')
         check_choice('clip_mode', self.clip_mode, ('norm', 'value', 'agc'))
         if self.sched == 'plateau':
             raise ValueError("sched='plateau' depends on measured accuracies; choose a schedule that depends on epochs")
@@ -178,11 +198,7 @@ class Recipe:
         return (0, 0.0) if self.no_aug else (self.pad_crop, self.hflip)
 
     def _as_number(self, name: str) -> float:
-        value = getattr(self, name)
-        try:
-            setattr(self, name, float(value))  # YAML reads 1e-3, without a point, as a string
-        except (TypeError, ValueError):
-            raise ValueError(f'{name}={value!r} is not a number') from None
+        setattr(self, name, _number(name, getattr(self, name)))
         return getattr(self, name)
 
 

@@ -301,10 +301,13 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     if checkpoint is None:
         return book
     weights, state = checkpoint
-    if (state['model'], state['recipe']) != (task.model, asdict(task.recipe)):
+    ours = asdict(task.recipe)
+    theirs = {**asdict(Recipe()), **state['recipe']}  # an older version's lacks what came after it
+    differing = [name for name in ours if theirs[name] != ours[name]]
+    if state['model'] != task.model or differing:
         raise ValueError(
-            f'the checkpoint in {folder} is of {state["model"]} with another recipe or model than {task.model}; '
-            'resume a run in its own folder'
+            f'the checkpoint in {folder} is of {state["model"]} with another recipe or model than {task.model} '
+            f'(differing: {", ".join(differing) or "model"}); resume a run in its own folder'
         )
     try:
         trainer.net.load_state_dict(weights[''])

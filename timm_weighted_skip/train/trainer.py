@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import shutil
 import signal
 import sys
@@ -33,7 +34,7 @@ __all__ = ['EpochStopped', 'Trainer', 'check_device', 'evaluate', 'make_net', 'n
 IMAGES_WORTH_COMPILING = 500_000
 
 
-class EpochStopped(Exception):
+class EpochStopped(KeyboardInterrupt):
     """An epoch was stopped by a signal, between two updates."""
 
 
@@ -117,10 +118,15 @@ def evaluate(
     return {'loss': float(loss) / count, 'top1': 100 * float(correct) / count, 'top5': 100 * float(correct5) / count}
 
 
+def _has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs, which on a GPU comes with torch."""
+    return device.type != 'cpu' or any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'g++', 'c++', 'clang++')))
+
+
 def _compiles(device: torch.device, images: int) -> bool:
     """Whether torch.compile has the compiler it needs and would win back its time."""
     if device.type == 'cpu':
-        return images >= IMAGES_WORTH_COMPILING and any(map(shutil.which, ('g++', 'c++', 'clang++')))
+        return images >= IMAGES_WORTH_COMPILING and _has_compiler(device)
     return device.type == 'cuda'
 
 
@@ -226,6 +232,8 @@ class Trainer:
         self.compiled = recipe.torchcompile
         if self.compiled is None:
             self.compiled = _compiles(self.device, self.epochs * len(train.labels))
+        elif self.compiled and not _has_compiler(self.device):
+            raise ValueError('torchcompile needs a C++ compiler, and there is none; install g++, or leave it out')
         self.model: nn.Module = self.net
         if self.compiled:
             mode = recipe.torchcompile_mode
@@ -349,7 +357,7 @@ class Trainer:
                     mean = at.loss / at.batch
                     if not math.isfinite(mean):
                         raise ValueError(
-                            f'the loss is {mean} in epoch {at.epoch}; give a smaller --lr than {recipe.lr}'
+                            f'the loss is {mean} in epoch {at.epoch + 1}; give a smaller --lr than {recipe.lr}'
                         )
                 progress(recipe.batch_size * recipe.grad_accum_steps, mean)
                 if stopped():
