@@ -151,7 +151,9 @@ def train(manifest: Manifest, args: argparse.Namespace) -> int:
                     if not ended:
                         continue
                     active.remove(process)
-                    if process.handle.returncode:
+                    if process.handle.returncode and busy(process.folder):  # another runner's was there first
+                        bar.write(f'{process.job.name} is being trained by another process')
+                    elif process.handle.returncode:
                         failed.append(process.job.name)
                         bar.write(f'{process.job.name} failed: {process.last_line()}', file=sys.stderr)
                     else:

@@ -190,11 +190,11 @@ def test_a_run_is_read_under_timms_names(tmp_path):
     assert run.test_top1() == (40, 40)
     assert run.log[1] == {'epoch': 1, 'train_loss': 1.1}
     with (tmp_path / 'timm' / 'summary.csv').open('a') as file:  # as a resumed run goes on
-        file.write('epoch,train_loss,eval_loss,eval_top1\n1,1.0,0.9,50\n2,0.8,0.7,60\n')
+        file.write('epoch,train_loss,lr,eval_loss,eval_top1\n1,1.0,0.1,0.9,50\n2,0.8,0.1,0.7,60\n')
     run = read_run(tmp_path / 'timm')
     assert run.log[1:] == [
-        {'epoch': 1, 'train_loss': 1.0, 'eval_loss': 0.9, 'eval_top1': 50},
-        {'epoch': 2, 'train_loss': 0.8, 'eval_loss': 0.7, 'eval_top1': 60},
+        {'epoch': 1, 'train_loss': 1.0, 'lr': 0.1, 'eval_loss': 0.9, 'eval_top1': 50},
+        {'epoch': 2, 'train_loss': 0.8, 'lr': 0.1, 'eval_loss': 0.7, 'eval_top1': 60},
     ]
     with pytest.raises(ValueError, match='a run is given twice'):
         curves([run, run])

@@ -110,6 +110,10 @@ def test_npz_folder_and_digits_are_read(tmp_path):
         order = data.labels.argsort(stable=True)
         assert torch.equal(folder.images, data.images[order])
         assert torch.equal(folder.labels, data.labels[order])
+    np.savez(
+        tmp_path / 'bytes_train.npz', images=data.images, labels=data.labels, classes=np.array([b'a', b'b', b'c', b'd'])
+    )
+    assert load_image_set('bytes', True, tmp_path).classes == data.classes
     train, test = load_image_set('digits', True), load_image_set('digits', False)
     assert train.images.shape == (1437, 8, 8, 1)
     assert test.images.shape == (360, 8, 8, 1)
@@ -148,6 +152,11 @@ def test_torchvisions_files_are_read_by_training_and_by_analyses(tmp_path):
     assert analysed.classes == list(data.classes)
     assert np.array_equal(analysed.picture(3), images[3])
     assert analysed[3][1] == 3
+    whole = (raw / 't10k-images-idx3-ubyte').read_bytes()
+    for size in (len(whole) - 9, 3):
+        (raw / 't10k-images-idx3-ubyte').write_bytes(whole[:size])
+        with pytest.raises(OSError, match='if they are damaged, remove them and fetch them again with --download'):
+            load_image_set('mnist', False, tmp_path)
 
 
 def test_what_is_no_image_set_is_refused_in_one_line(tmp_path):

@@ -67,6 +67,21 @@ def called(modules, monkeypatch, capsys):
     signal.signal(signal.SIGTERM, handler)
 
 
+def test_a_run_that_another_runner_took_first_is_left_to_it(tmp_path, modules, called, monkeypatch):
+    import reproduce
+
+    (tmp_path / 'manifest.yaml').write_text(MANIFEST)
+    seen = iter([False])  # its process takes the lock once it has started
+    monkeypatch.setattr(reproduce, 'busy', lambda folder: next(seen, True))
+    refused = [sys.executable, '-c', 'raise SystemExit(1)']
+    monkeypatch.setattr(
+        reproduce, 'start', lambda job, runs, *_: reproduce.Process(job, runs / job.name, subprocess.Popen(refused), 0)
+    )
+    status, said = called(tmp_path, '--only', 'small/awm/seed0')
+    assert (status, 'small/awm/seed0 is being trained by another process' in said) == (0, True)
+    assert '0 runs finished, 0 failed, 1 left' in said
+
+
 def test_every_run_of_the_manifest_is_a_command_that_asks_for_it(modules):
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
     for job in manifest.jobs():

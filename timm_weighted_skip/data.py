@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -58,7 +59,7 @@ def _image_set(images: Any, labels: Any, classes: Any = None) -> ImageSet:
         images = images[..., None]
     if classes is None:
         classes = range(int(labels.max()) + 1 if len(labels) else 0)
-    return ImageSet(images, labels, tuple(map(str, classes)))
+    return ImageSet(images, labels, tuple(each.decode() if isinstance(each, bytes) else str(each) for each in classes))
 
 
 def _load_npz(path: Path) -> ImageSet:
@@ -77,17 +78,24 @@ def _load_torchvision(name: str, train: bool, root: Path, download: bool) -> Ima
     cls = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100, 'mnist': datasets.MNIST}[name]
     try:
         data = cls(str(root), train=train, download=download)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError, LookupError, EOFError, UnpicklingError) as error:
+        reason = torchvision_reason(error)
+        if 'not found' not in reason:  # a download that failed, or files of the right names
+            raise OSError(
+                f"{name} could not be read from torchvision's files in {root} ({reason}); if they are damaged, remove "
+                'them and fetch them again with --download'
+            ) from None
         raise OSError(
             f"no {name} in {root}: neither {name}_{'train' if train else 'test'}.npz nor torchvision's files, "
-            f'which weighted-skip train and eval fetch with --download ({torchvision_reason(error)})'
+            f'which weighted-skip train and eval fetch with --download ({reason})'
         ) from None
     return _image_set(data.data, data.targets, data.classes)
 
 
 def torchvision_reason(error: Exception) -> str:
     """What torchvision says is wrong with its files, without its advice to use an argument that no command here has."""
-    return str(error).splitlines()[0].partition('. You can use download')[0]
+    said = str(error) or type(error).__name__
+    return said.splitlines()[0].partition('. You can use download')[0]
 
 
 def open_folder(root: Path, train: bool) -> ImageDataset:

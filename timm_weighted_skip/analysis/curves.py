@@ -69,13 +69,15 @@ def has_log(folder: Path) -> bool:
     return (folder / 'log.jsonl').is_file() or (folder / 'summary.csv').is_file()
 
 
-def _timm_log(rows: Iterable[dict[str, str]]) -> list[dict[str, float]]:
+def _timm_log(rows: Iterable[list[str]]) -> list[dict[str, float]]:
     """The epochs of timm's summary.csv. A run that was resumed goes on below a second header, from where it went on."""
+    names: list[str] = []
     log: list[dict[str, float]] = []
-    for row in rows:
-        if row.get('epoch') == 'epoch':
+    for row in filter(None, rows):
+        if not names or 'epoch' in row:
+            names = row
             continue
-        entry = {name: float(value) for name, value in row.items() if value}
+        entry = {name: float(value) for name, value in zip(names, row) if value}
         if 'epoch' in entry:
             log = [before for before in log if before.get('epoch', -1) < entry['epoch']]
         log.append(entry)
@@ -96,7 +98,7 @@ def read_run(folder: Union[str, Path]) -> Run:
             log = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
         elif summary.is_file():
             with summary.open(newline='') as file:
-                log = _timm_log(csv.DictReader(file))
+                log = _timm_log(csv.reader(file))
         else:
             raise FileNotFoundError(f'{folder} has neither log.jsonl nor summary.csv; give the folder of a run')
         outcome = json.loads(result.read_text()) if result.is_file() else {}
