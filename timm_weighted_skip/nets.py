@@ -95,7 +95,8 @@ class Trained:
             'mean': tuple(self.mean),
             'std': tuple(self.std),
             'label_names': self.classes,
-            **dict.fromkeys(('test_input_size', 'test_crop_pct')),
+            'test_input_size': None,
+            'test_crop_pct': None,
         }
         return {**self.model_kwargs, **shape, 'pretrained_cfg_overlay': config}
 
