@@ -32,7 +32,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f'{name}={value!r} is not allowed; choose one of {", ".join(map(repr, choices))}')
 
 
-def _is_finite_number(value: object) -> bool:
+def is_finite_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -53,7 +53,7 @@ class SkipWeight(nn.Module):
 
     def __init__(self, init: SkipInit = 0.0, fixed: bool = False, plain: bool = False, device=None, dtype=None) -> None:
         super().__init__()
-        if init != 'normal' and not _is_finite_number(init):
+        if init != 'normal' and not is_finite_number(init):
             raise ValueError(f"skip_init={init!r} is not allowed; give a finite number or 'normal'")
         check_choice('skip_fixed', fixed, (False, True))
         check_choice('plain', plain, (False, True))
@@ -167,7 +167,7 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         check_count('hidden', hidden)
-        if not _is_finite_number(scale) or scale == 0:
+        if not is_finite_number(scale) or scale == 0:
             raise ValueError(f'scale={scale!r} is not allowed; give a finite number other than 0')
         self.scale = float(scale)
         self.fc1 = nn.Linear(in_features, hidden, bias=False, device=device, dtype=dtype)

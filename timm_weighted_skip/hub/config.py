@@ -10,6 +10,8 @@ from typing import Any, Optional
 from timm.models import filter_pretrained_cfg, is_model
 from torch import nn
 
+from timm_weighted_skip.layers import is_finite_number
+
 __all__ = ['FILES', 'SAMPLE', 'Results', 'args_beside_weights', 'model_config', 'one_line', 'read_json']
 
 # In a folder of its own: some versions of timm can't choose between two safetensors files side by side.
@@ -67,8 +69,7 @@ class Results:
                 wanted = 'text' if kind is str else 'a whole number'
                 raise ValueError(f'results: {each.name}={value!r} is not allowed; give {wanted}')
         for name, values in {'top1': self.top1, **self.comparison}.items():
-            numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-            if not values or len(numbers) < len(values) or not all(0 <= v <= 100 for v in numbers):
+            if not values or not all(is_finite_number(v) and 0 <= v <= 100 for v in values):
                 raise ValueError(f'results: {name}={values!r} is not allowed; give accuracies in %, one per seed')
         if len(self.seeds) != len(self.top1) or self.seed not in self.seeds:
             raise ValueError(

@@ -63,7 +63,7 @@ def _kwargs(text: str) -> Any:
 
 
 def _check_kind(option: Field, value: Any) -> None:
-    """Refuse what is no switch, list or dict where the option is one, as YAML's `"false"` or a single number."""
+    """Refuse what is no switch, list, dict or name where the option is one, as YAML's `"false"` or a single number."""
     action = option.metadata.get('action')
     kinds: tuple[type, ...]
     if action in ('store_true', argparse.BooleanOptionalAction):
@@ -72,6 +72,8 @@ def _check_kind(option: Field, value: Any) -> None:
         kinds, instead = (dict,), 'names with values'
     elif 'nargs' in option.metadata:
         kinds, instead = (list, tuple), 'a list'
+    elif option.metadata.get('type') is str:
+        kinds, instead = (str,), 'a name'
     else:
         return
     if not isinstance(value, kinds) and (value is not None or option.default is not None):
@@ -185,9 +187,6 @@ class Recipe:
         for milestone in self.decay_milestones:
             if isinstance(milestone, bool) or not isinstance(milestone, int):
                 raise ValueError(f'decay_milestones={self.decay_milestones!r} is not allowed; give whole numbers')
-        for name in ('opt', 'sched'):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give a name')
         check_choice('clip_mode', self.clip_mode, ('norm', 'value', 'agc'))
         if self.sched == 'plateau':
             raise ValueError("sched='plateau' depends on measured accuracies; choose a schedule that depends on epochs")
