@@ -23,7 +23,8 @@ class Run:
         model, data, recipe: As `weighted-skip train` takes them.
         options: Fields of the recipe that are overridden.
         paper: Accuracy in % that the paper reports.
-        baseline: Name of the run that it is to be compared with, trained for the same number of epochs.
+        baseline: The run that it is to be compared with, trained for the same number of epochs: RUN of the same
+            experiment, or EXPERIMENT/RUN.
         checkpoint: Whether the first seed's weights become `hub_cards/<model>.<data>`.
         about: What a reader should know of it.
     """
@@ -39,6 +40,10 @@ class Run:
     baseline: Optional[str] = None
     checkpoint: bool = False
     about: str = ''
+
+    @property
+    def path(self) -> str:
+        return f'{self.experiment}/{self.name}'
 
     def recipe_of(self, seed: int) -> Recipe:
         return load_recipe(self.recipe, **self.options, seed=seed)
@@ -77,6 +82,21 @@ class Manifest:
     variance: dict[str, str]
     folder: Path
 
+    @property
+    def runs(self) -> dict[str, Run]:
+        """Every run by EXPERIMENT/RUN."""
+        return {run.path: run for experiment in self.experiments.values() for run in experiment.runs.values()}
+
+    def baseline(self, run: Run) -> Optional[Run]:
+        """The run that another is to be compared with, if any.
+
+        Raises:
+            KeyError: The manifest has no such run.
+        """
+        if run.baseline is None:
+            return None
+        return self.runs[run.baseline if '/' in run.baseline else f'{run.experiment}/{run.baseline}']
+
     def result_file(self, job: 'Job') -> Path:
         return self.folder / 'results' / job.run.experiment / f'{job.run.name}.seed{job.seed}.json'
 
@@ -113,7 +133,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f'{self.run.experiment}/{self.run.name}/seed{self.seed}'
+        return f'{self.run.path}/seed{self.seed}'
 
     def check(self, trained: dict[str, Any], where: Path) -> None:
         """Refuse a training of another net, on other data or by another recipe than the manifest's.
@@ -153,7 +173,7 @@ def _experiment(name: str, section: dict[str, Any]) -> Experiment:
         runs[key] = Run(name, key, **{**merged, 'seeds': tuple(merged['seeds'])})
     for run in runs.values():
         try:
-            _check(run, runs)
+            _check(run)
         except (ValueError, TypeError) as error:
             raise ValueError(f'run {run.name}: {error}') from None
     against = section.get('against')
@@ -162,7 +182,7 @@ def _experiment(name: str, section: dict[str, Any]) -> Experiment:
     return Experiment(name, section['title'], runs, against)
 
 
-def _check(run: Run, runs: dict[str, Run]) -> None:
+def _check(run: Run) -> None:
     run.recipe_of(0)
     if not is_model(run.model):
         raise ValueError(f'no model {run.model!r}')
@@ -170,14 +190,22 @@ def _check(run: Run, runs: dict[str, Run]) -> None:
         raise ValueError(f'seeds {list(run.seeds)}; give one or more integers, each once')
     if run.paper is not None and not isinstance(run.paper, (int, float)):
         raise ValueError(f'paper {run.paper!r}; give an accuracy in %')
+    if run.baseline is not None and not isinstance(run.baseline, str):
+        raise ValueError(f'baseline {run.baseline!r}; give the name of a run')
     args = args_beside_weights(run.recipe_of(0).model_kwargs)
     if run.checkpoint and args:
         raise ValueError(f'checkpoint: true, but {args} make another net than {run.model}; leave one of them out')
-    if run.baseline is None:
+
+
+def _check_baseline(manifest: Manifest, run: Run) -> None:
+    try:
+        plain = manifest.baseline(run)
+    except KeyError:
+        plain = run
+    if plain is run:
+        raise ValueError(f'baseline {run.baseline!r} is no other run; give one of {run.experiment}, or EXPERIMENT/RUN')
+    if plain is None:
         return
-    if run.baseline not in runs or run.baseline == run.name:
-        raise ValueError(f'baseline {run.baseline!r} is no other run of {run.experiment}')
-    plain = runs[run.baseline]
     if (plain.data, plain.recipe, plain.epochs(), plain.seeds) != (run.data, run.recipe, run.epochs(), run.seeds):
         raise ValueError(
             f'baseline {run.baseline} is not trained on the same data by the same recipe, for as many epochs, with the '
@@ -202,8 +230,13 @@ def read_manifest(path: Path) -> Manifest:
     if not experiments:
         raise ValueError(f'{path} has no experiments')
     variance = values.get('variance') or {}
-    known = {f'{run.experiment}/{run.name}' for experiment in experiments.values() for run in experiment.runs.values()}
-    for group, run in variance.items():
-        if run not in known:
-            raise ValueError(f'{path}: variance {group}: {run!r} is no EXPERIMENT/RUN of it')
-    return Manifest(experiments, variance, path.parent)
+    manifest = Manifest(experiments, variance, path.parent)
+    for run in manifest.runs.values():
+        try:
+            _check_baseline(manifest, run)
+        except ValueError as error:
+            raise ValueError(f'{path}: experiment {run.experiment}: run {run.name}: {error}') from None
+    for group, name in variance.items():
+        if name not in manifest.runs:
+            raise ValueError(f'{path}: variance {group}: {name!r} is no EXPERIMENT/RUN of it')
+    return manifest

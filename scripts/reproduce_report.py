@@ -93,7 +93,8 @@ def accuracy_table(manifest: Manifest, experiment: Experiment) -> str:
             last_epochs(results, 'eval_top1', 3),
             [result['best']['top1'] for result in results.values()],
         ]
-        baseline = read_results(manifest, experiment.runs[run.baseline]) if run.baseline else {}
+        plain = manifest.baseline(run)
+        baseline = read_results(manifest, plain) if plain else {}
         compared = compare(last_top1(results), last_top1(baseline))
         ours = map(spread, accuracies) if results else ['not run', '-', '-', '-']
         rows.append([run.name, str(run.epochs()), *ours, reported(run.paper), run.baseline or '-', *compared])
@@ -214,8 +215,7 @@ class Report:
         groups: dict[str, np.ndarray] = {}
         units: list[MappingUnit] = []
         for group, path in self.manifest.variance.items():
-            experiment, name = path.split('/')
-            run = self.manifest.experiments[experiment].runs[name]
+            run = self.manifest.runs[path]
             results = read_results(self.manifest, run)
             if len(results) < 2:
                 return None
@@ -245,10 +245,9 @@ class Report:
         for experiment in self.manifest.experiments.values():
             title = experiment.title
             for run in experiment.runs.values():
-                ours = last_top1(read_results(self.manifest, run))
-                if run.baseline is None or not ours:
+                ours, plain = last_top1(read_results(self.manifest, run)), self.manifest.baseline(run)
+                if plain is None or not ours:
                     continue
-                plain = experiment.runs[run.baseline]
                 theirs = last_top1(read_results(self.manifest, plain))
                 name = f'{run.name}: {run.about}' if run.about else run.name
                 paper = f'{reported(run.paper)} / {reported(plain.paper)}'
@@ -308,9 +307,8 @@ def write_readme(manifest: Manifest, readme: Path, cards: Path) -> None:
 def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]]) -> Results:
     """What the checkpoint of a run, of its first seed, says of it and of the runs that it is compared with."""
     first = results[run.seeds[0]]
-    runs = manifest.experiments[run.experiment].runs.values()
-    group = {run.name, run.baseline} - {None}
-    others = [o for o in runs if o is not run and group & {o.name, o.baseline}]
+    group = {run, manifest.baseline(run)} - {None}
+    others = [o for o in manifest.runs.values() if o is not run and group & {o, manifest.baseline(o)}]
     comparison = {
         f'{other.model} ({other.about})' if other.about else other.model: last_top1(read_results(manifest, other))
         for other in others

@@ -98,9 +98,7 @@ def test_every_run_of_the_manifest_is_a_command_that_asks_for_it(modules):
 
 def test_baselines_are_trained_as_long_on_the_same_data(modules):
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
-    compared = [
-        (e.runs[run.baseline], run) for e in manifest.experiments.values() for run in e.runs.values() if run.baseline
-    ]
+    compared = [(plain, run) for run in manifest.runs.values() if (plain := manifest.baseline(run))]
     assert len(compared) > 20
     for plain, run in compared:
         assert (plain.data, plain.recipe, plain.epochs(), plain.seeds) == (
@@ -113,7 +111,7 @@ def test_baselines_are_trained_as_long_on_the_same_data(modules):
 
 def test_a_checkpoint_directory_has_one_run(modules):
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
-    runs = [run for e in manifest.experiments.values() for run in e.runs.values() if run.checkpoint]
+    runs = [run for run in manifest.runs.values() if run.checkpoint]
     assert len({(run.model, run.data) for run in runs}) == len(runs)
 
 
@@ -273,8 +271,11 @@ def test_out_of_time_it_saves_and_says_what_is_left(tmp_path):
     ('change', 'message'),
     [
         (('lr: 0.02', 'learning_rate: 0.02'), 'learning_rate'),
-        (('baseline: plain', 'baseline: plane'), "run awm: baseline 'plane' is no other run of small"),
-        (('baseline: plain', 'baseline: awm'), "baseline 'awm' is no other run of small"),
+        (('baseline: plain', 'baseline: plane'), "run awm: baseline 'plane' is no other run; give one of small"),
+        (('baseline: plain', 'baseline: awm'), "baseline 'awm' is no other run"),
+        (('baseline: plain', 'baseline: small/awm'), "baseline 'small/awm' is no other run"),
+        (('baseline: plain', 'baseline: large/plain'), "baseline 'large/plain' is no other run"),
+        (('baseline: plain', 'baseline: 1'), 'run awm: baseline 1; give the name of a run'),
         (('alternate_freeze: 1}', 'alternate_freeze: 1, epochs: 3}'), 'baseline plain is not trained on the same data'),
         (('seeds: [0, 1]', 'seeds: [0, 0]'), r'seeds \[0, 0\]; give one or more integers, each once'),
         (('paper: 90.5', 'paper: many'), "run plain: paper 'many'; give an accuracy in %"),
