@@ -48,7 +48,10 @@ def start(folder, *args):
 
 def reproduce(folder, *args):
     process = start(folder, *args)
-    out, err = process.communicate(timeout=200)
+    try:
+        out, err = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # out of time, its trainings would go on
     return process.returncode, out, err
 
 
