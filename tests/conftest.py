@@ -26,6 +26,15 @@ def _fused_merge():
 
 
 @pytest.fixture
+def one_thread():
+    """As in the processes of `training.py`: small nets gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def taken(monkeypatch):
     """A list that grows by an entry for each merge that the single step makes."""
     calls = []
