@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Run timm's own test-suite over every model name that this package registers.
+"""Run timm's own tests of models over every model name that this package registers.
 
     scripts/timm_tests.py [--names 'awm_*20*'] [--tests DIR] [pytest arguments, such as -n 2 or -k forward]
 
-The suite is that of the installed timm's source distribution, fetched with pip into `.cache/` once (`--tests` takes an
+They are those of the installed timm's source distribution, fetched with pip into `.cache/` once (`--tests` takes an
 unpacked copy instead). timm picks some of its tests by module name; those run on our modules too. Tests that download
 checkpoints are left out.
 """

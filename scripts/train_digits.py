@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train `awm_resnet14_cifar.digits`, the checkpoint that comes with the package, and write its directory.
+"""Train `awm_resnet14_cifar.digits`, a checkpoint that comes with the package, and write its directory.
 
     scripts/train_digits.py [--output hub_cards/awm_resnet14_cifar.digits]
 

@@ -142,7 +142,7 @@ def _load_digits(train: bool) -> ImageSet:
         ) from error
 
     digits = load_digits()
-    part = slice(0, 1437) if train else slice(1437, None)  # as in scikit-learn's example, the last fifth is the test
+    part = slice(0, 1437) if train else slice(1437, None)  # the last fifth is the test
     images = (digits.images[part] * (255 / 16)).round().astype(np.uint8)
     return _image_set(images, digits.target[part], digits.target_names)
 

@@ -1,16 +1,16 @@
-"""The two-path merges and the ReLU after them as one step that makes no new feature map.
+"""The two-path merges and the ReLU after them as one step, over the branch's feature map where nothing else needs it.
 
 In eager mode a merge written as `relu(w1 * F + w2 * s)` spends most of its time on the memory of its four
 intermediate maps. The step here overwrites `F`, as timm's plain block does with `x += shortcut`, and keeps of the maps
-only `y` and `s` for the backward pass. It needs no `F` there: where the ReLU passes a gradient g, and only there,
+only `y` and `s` for the backward pass. AWM needs no `F` there: where the ReLU passes a gradient g, and only there,
 
     y = w1 * F + w2 * s,  so  sum(g * F) = (sum(g * y) - w2 * sum(g * s)) / w1
 
-The division loses precision as `w1` goes to 0, and then `F` is kept. On a GPU it always is: the host would have to wait
-for `w1`, and in 16 bits the loss is large. The kernels of `fused_triton` do the step there; without Triton it takes the
-same operations as on a CPU. Where the norm before the merge can be part of the step, that of `fused_norm` is taken; the
-plain formula is used wherever its single operations are wanted or needed: see `can_fuse`. tests/test_fused.py holds
-both forms equal.
+The division loses precision as `w1` goes to 0, and then `F` is kept and `y` is a new map. On a GPU it always is: the
+host would have to wait for `w1`, and in 16 bits the loss is large. The kernels of `fused_triton` do the step there;
+without Triton it takes the same operations as on a CPU. Where the norm before the merge can be part of the step, that
+of `fused_norm` is taken; the plain formula is used wherever its single operations are wanted or needed: see `can_fuse`.
+tests/test_fused.py holds both forms equal.
 """
 
 from collections.abc import Iterable
@@ -117,7 +117,10 @@ def skip_relu(residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tens
 
 
 def mapping_relu(residual: torch.Tensor, shortcut: torch.Tensor, gate: nn.Module) -> torch.Tensor:
-    """`relu(w1 * residual + w2 * shortcut)` with `w = gate(concat(GAP(residual), GAP(shortcut)))`, over `residual`."""
+    """`relu(w1 * residual + w2 * shortcut)` with `w = gate(concat(GAP(residual), GAP(shortcut)))`.
+
+    It overwrites `residual` unless that is kept for the backward pass.
+    """
     link: dict[str, Any] = {}
     kernels = _kernels(residual, shortcut)
     z, passed = _Means.apply(residual, shortcut, _carried_means(shortcut), link)  # z: (N, 2C)

@@ -117,8 +117,8 @@ def skip_weights(
     """A maker of one net's `SkipWeight` modules that hands the same module to the units that share a weight.
 
     Args:
-        sharing: 'block', one weight per mapping unit (Tables I and II); 'kind', one for all identity and one for all
-            projection shortcuts ("two weights"); 'unified', one for the net (eq. 8, "a unique one").
+        sharing: 'block', one weight per mapping unit (eq. 8, Tables I and II); 'kind', one for all identity and one for
+            all projection shortcuts ("two weights"); 'unified', one for the net (section II.D.2, "a unique one").
         init: As for `SkipWeight`; with 'normal' the identity units' weights start at 0, as in the released code.
         fixed: As for `SkipWeight`.
         plain: As for `SkipWeight`.
@@ -219,7 +219,7 @@ class ActiveWeightedMapping(nn.Module):
         return torch.addcmul(of_residual * residual, of_shortcut, shortcut)  # (N, C, H, W)
 
     def merge_relu(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """`relu(self(residual, shortcut))`, overwriting `residual`."""
+        """`relu(self(residual, shortcut))`; may overwrite `residual`."""
         if self.gate is None:
             return residual.add_(shortcut).relu_()
         return fused.mapping_relu(residual, shortcut, self.gate)

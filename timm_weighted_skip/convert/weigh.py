@@ -63,7 +63,7 @@ def to_awm(model: Net, hidden: Optional[int] = None) -> Net:
     Args:
         model: Any net of timm's ResNet class with its two standard blocks (resnet, resnext, wide, seresnet, ecaresnet,
             the c, d, s and t stems, ...) or of its DenseNet class. It stays as it is; the result is a copy.
-        hidden: The gates' hidden width; by default 16 in a ResNet and 24 in a DenseNet, as in the paper.
+        hidden: The gates' hidden width; by default 16 in a ResNet and 24 in a DenseNet, as in the registered nets.
 
     Raises:
         ValueError: `model` is of another class or block, or has trained weights already, or `hidden` is no width.

@@ -80,7 +80,7 @@ def _results_section(results: Results, architecture: str) -> str:
     own = results.top1[results.seeds.index(results.seed)]
     return (
         f'Top-1 accuracy in % on the {results.split} split of {results.dataset} after the last of {results.epochs} '
-        'epochs: mean ± standard deviation over n trainings that differ in their seed. The weights here are those of '
+        'epochs: mean ± standard deviation over n trainings, one per seed. The weights here are those of '
         f'seed {results.seed}, with {own:.2f} %.\n\n'
         f'| model | top-1 |\n|---|---|\n{table}\n'
     )

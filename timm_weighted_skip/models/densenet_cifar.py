@@ -1,4 +1,4 @@
-"""CIFAR DenseNet-BC (Huang et al., `Densely Connected Convolutional Networks`, arXiv 1608.06993, section 4.2).
+"""CIFAR DenseNet-BC (Huang et al., `Densely Connected Convolutional Networks`, arXiv 1608.06993, section 3).
 
 Depth 3 * 2n + 4: a 3x3 stem, three dense blocks of n bottleneck layers with growth 12, transitions that halve the
 channels, a linear head. Registered here are the plain nets, which timm lacks; `awm_densenet` weighs the same class.

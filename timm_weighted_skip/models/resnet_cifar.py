@@ -1,8 +1,8 @@
 """CIFAR ResNet (He et al., `Deep Residual Learning for Image Recognition`, arXiv 1512.03385, section 4.2).
 
 Depth 6n + 2: a 3x3 stem of 16 channels, three stages of n basic blocks with 16, 32 and 64 channels, a linear head. The
-shortcut at the two stage changes is a 1x1 convolution with batch norm, as in the AWM paper. Registered here are the
-plain nets, which timm lacks; `adaresnet` and `awm_resnet` build their CIFAR nets of the same class.
+shortcut at the two stage changes is a 1x1 convolution with batch norm, as in the AWM paper's code. Registered here are
+the plain nets, which timm lacks; `adaresnet` and `awm_resnet` build their CIFAR nets of the same class.
 """
 
 from typing import Any, Optional, Union
