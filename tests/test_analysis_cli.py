@@ -240,6 +240,7 @@ def half_an_npz(path):
         (lambda f, t: ['quickstart', '--out', f + '/config.json'], 'is a file; give the name of a folder'),
         (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),
         (lambda f, t: ['curves', f], 'neither log.jsonl nor summary.csv'),
+        (lambda f, t: ['inspect', f, '--data', 'digits', '--input-size', '1', '2', '8'], '2x8 pixels are too small'),
         (lambda f, t: ['extremes', f, '--data', 'digits', '--device', 'abacus'], "device 'abacus' is not to be had"),
     ],
 )  # fmt: skip

@@ -81,7 +81,7 @@ def load_images(
         data_args: Overrides of timm's data config: `input_size`, `mean`, `std`.
 
     Raises:
-        ValueError: There are no images, the classes are not as many as the net's, or name, shape or channels are wrong.
+        ValueError: There are no images, the classes are not the net's, or name, shape, size or channels are wrong.
         OSError: There is no such file or folder.
     """
     train = split in ('train', 'training')
@@ -127,4 +127,10 @@ def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[I
                 f'the net takes {channels} channel(s), and {name} has {len(value)} value(s); '
                 'give --mean and --std as it was trained'
             )
-    return create_transform(**resolve_data_config(given, model=model)), 'L' if channels == 1 else 'RGB'
+    config = resolve_data_config(given, model=model)
+    (_, height, width), least = config['input_size'], getattr(model, 'min_input_size', 1)
+    if min(height, width) < least:
+        raise ValueError(
+            f'images of {height}x{width} pixels are too small; give --input-size with {least}x{least} or more'
+        )
+    return create_transform(**config), 'L' if channels == 1 else 'RGB'
