@@ -51,6 +51,11 @@ def test_resnet50_known_answer(dtype, bound):
         ('adaresnet18', {'skip_init': 2.0, 'skip_fixed': True}),
         ('adaresnet18', {'replace_stem_pool': True, 'stem_type': 'deep', 'avg_down': True}),
         ('adaresnet18', {'replace_stem_pool': True, 'norm_layer': 'groupnorm'}),
+        # Stages that open with an identity shortcut.
+        ('adaresnet18', {'channels': (32, 64, 128, 128), 'output_stride': 16}),
+        ('adaresnet18', {'channels': (64, 64, 64, 64), 'output_stride': 8}),
+        ('adaresnet14_cifar', {'layers': (1, 1, 1)}),
+        ('adaresnet18_released', {'layers': (1, 1, 1, 1)}),
         ('adaresnet18_released', {}),
     ],
 )

@@ -245,6 +245,7 @@ def test_torchcompile_without_a_compiler_is_refused(tmp_path, monkeypatch, capsy
         (['--clip-grad', '-1'], 'clip_grad=-1.0 is not allowed; give a number above 0'),
         (['--sched', 'step', '--decay-epochs', '0'], 'decay_epochs=0.0 is not allowed'),
         (['--model-ema-decay', '2'], 'model_ema_decay=2.0 is not allowed; give a number from 0 to 1'),
+        (['--smoothing', '1'], 'smoothing=1.0 is not allowed; give a number of 0 or more, below 1'),
         (['--std', '0'], 'the pixel deviations are [0.0]; give --std with numbers above 0'),
         (['--model-kwargs', 'pretrained=True'], 'give --pretrained instead'),
         (['--model-kwargs', 'layers=(1,1)'], "model 'awm_resnet14_cifar'"),

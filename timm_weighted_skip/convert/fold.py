@@ -27,9 +27,10 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
         a_(k+1) x_(k+1) = relu(a_(k+1) F_k(x_k) + a_(k+1) w_k x_k),
 
     whose second term is the plain shortcut's `a_k x_k` if `a_k = a_(k+1) w_k`. So the unit's first convolution is
-    divided by `a_k` (it reads the scaled stream) and its last norm multiplied by `a_(k+1)`. `a = 1` at the end of every
-    stage leaves every stage's output and the head as they were; the chain of scales ends at the projection that opens
-    the stage, or at the stem's norm where a stage opens with an identity shortcut. All of it is computed in float64.
+    divided by `a_k` (it reads the scaled stream) and its last norm multiplied by `a_(k+1)`. `a = 1` at the end of the
+    last stage leaves the head as it was; the chain of scales ends at the projection that opens a stage, so that the
+    output of the stage before is as it was too, and otherwise goes on through that stage, at last to the stem's norm.
+    All of it is computed in float64.
 
     An identity shortcut with `w <= 0` can't be folded. Take `x > 0` with `F(x) = 0`: the weighted unit gives
     `relu(w x) = 0`, a plain unit in any units `a > 0` gives `relu(a x) = a x > 0`. (Units `a < 0` do not pass through
@@ -52,9 +53,7 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
     net = copy.deepcopy(model)
     stages = [stage for name, stage in net.named_children() if name.startswith('layer')]
     names = {block: name for name, block in net.named_modules()}
-    kept: list[str] = []
-    for stage in stages:
-        kept += [names[block] for block in _fold_stage(net, list(stage), names)]
+    kept = [names[block] for block in _fold_units(net, [block for stage in stages for block in stage], names)]
     for name, tensor in net.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f'{name} is beyond the range of {tensor.dtype} after folding; fold `model.double()`')
@@ -65,8 +64,8 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
 
 
 @torch.no_grad()
-def _fold_stage(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str]) -> list[nn.Module]:
-    """Fold the weights of one stage, from its last unit to its first; returns the blocks that stay weighted."""
+def _fold_units(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str]) -> list[nn.Module]:
+    """Fold the weights of all units, from the last to the first; returns the blocks that stay weighted."""
     kept: list[nn.Module] = []
     after = torch.ones((), dtype=torch.float64)  # a_(k+1)
     for block in reversed(blocks):
@@ -88,7 +87,7 @@ def _fold_stage(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str
             _scale(block.conv1.weight, 1 / before)
             _scale_affine(block.bn3 if isinstance(block, Bottleneck) else block.bn2, after, names)
         after = before
-    if after != 1:  # the stage opened with an identity shortcut
+    if after != 1:  # the first stage opened with an identity shortcut
         # A stem pool with a convolution of its own ends in a norm and an activation.
         convolves = any(isinstance(module, nn.Conv2d) for module in net.maxpool.modules())
         norm = list(net.maxpool.children())[-2] if convolves else net.bn1

@@ -109,7 +109,7 @@ default_cfgs = default_cfgs_of(
 
 def _create_resnet_cifar(variant: str, depth: int, pretrained: bool = False, **kwargs) -> ResNet:
     model_args = dict(block=WeightedBasicBlock, layers=cifar_layers(depth), merge=skip_weights(plain=True))
-    return build_resnet(CifarResNet, variant, pretrained, **model_args, **kwargs)
+    return build_resnet(CifarResNet, variant, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

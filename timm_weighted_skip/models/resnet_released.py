@@ -78,4 +78,4 @@ default_cfgs = default_cfgs_of({'resnet18_released.untrained': released_cfg(pape
 def resnet18_released(pretrained: bool = False, **kwargs) -> ResNet:
     """The plain net of AdaResNet's released code, 8 residual units."""
     model_args = dict(block=WeightedBasicBlock, layers=(2, 2, 2, 2), merge=skip_weights(plain=True))
-    return build_resnet(ReleasedResNet, 'resnet18_released', pretrained, **model_args, **kwargs)
+    return build_resnet(ReleasedResNet, 'resnet18_released', pretrained, **dict(model_args, **kwargs))

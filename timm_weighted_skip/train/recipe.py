@@ -174,7 +174,9 @@ class Recipe:
         for name in ('clip_grad', 'decay_epochs'):
             if getattr(self, name) is not None and not self._as_number(name) > 0:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give a number above 0')
-        for name in ('hflip', 'smoothing', 'model_ema_decay'):
+        if not 0 <= self._as_number('smoothing') < 1:
+            raise ValueError(f'smoothing={self.smoothing!r} is not allowed; give a number of 0 or more, below 1')
+        for name in ('hflip', 'model_ema_decay'):
             if not 0 <= self._as_number(name) <= 1:
                 raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give a number from 0 to 1')
         if self.opt_eps is not None and not 0 <= self._as_number('opt_eps') < math.inf:
