@@ -78,3 +78,11 @@ def test_weights_that_began_as_a_tags_go_by_their_models_name(tmp_path, capsys):
         assert main(['eval', model, *weights]) == 0
     assert main(['eval', 'resnet14_cifar', *weights]) == 1
     assert 'not of resnet14_cifar' in capsys.readouterr().err
+
+
+def test_a_net_with_a_deep_stem_is_evaluated_and_read_too(tmp_path):
+    small = ['output_stride=8', 'layers=(1,1,1,1)', 'channels=(8,8,8,8)']
+    stem = ['stem_type=deep', 'stem_width=8']
+    assert train(tmp_path, '--model', 'awm_resnet18', '--model-kwargs', *small, *stem) == 0
+    for command in ('eval', 'inspect'):
+        assert main([command, str(tmp_path / 'run'), '--data', 'digits']) == 0

@@ -16,7 +16,7 @@ from torch import nn
 
 from timm_weighted_skip.models.names import check_model_name
 
-__all__ = ['FOREIGN', 'LAST', 'NamedNet', 'Trained', 'find_net', 'load_net']
+__all__ = ['FOREIGN', 'LAST', 'NamedNet', 'Trained', 'find_net', 'input_channels', 'load_net']
 
 LAST = 'last.safetensors'
 """In the folder of a training run: the weights after its last epoch."""
@@ -227,6 +227,11 @@ def load_net(
         OSError: There is no such file or folder.
     """
     return find_net(source, checkpoint).load(model_kwargs, need_weights)
+
+
+def input_channels(net: nn.Module) -> int:
+    """Channels of the images that a net takes; its config's `first_conv` may name a stem of several."""
+    return next(module for module in net.modules() if isinstance(module, nn.Conv2d)).in_channels
 
 
 def _read_state(file: Path) -> dict[str, torch.Tensor]:

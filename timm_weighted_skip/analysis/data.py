@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_weighted_skip.data import FETCHED, ImageSet, load_image_set, open_folder, torchvision_reason
+from timm_weighted_skip.nets import input_channels
 
 __all__ = ['LabelledImages', 'load_images']
 
@@ -115,7 +116,7 @@ def load_images(
 def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[Image.Image], torch.Tensor], str]:
     """timm's evaluation transform for `model`, and PIL's mode of its images."""
     cfg: Any = getattr(model, 'pretrained_cfg', {})
-    channels = model.get_submodule(cfg['first_conv']).in_channels
+    channels = input_channels(model)
     if channels not in (1, 3):
         raise ValueError(f'the net takes images of {channels} channels; 1 and 3 can be read')
     given = {name: value for name, value in data_args.items() if value is not None}

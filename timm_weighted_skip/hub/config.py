@@ -11,6 +11,7 @@ from timm.models import filter_pretrained_cfg, is_model
 from torch import nn
 
 from timm_weighted_skip.layers import is_finite_number
+from timm_weighted_skip.nets import input_channels
 
 __all__ = ['FILES', 'SAMPLE', 'Results', 'args_beside_weights', 'model_config', 'one_line', 'read_json']
 
@@ -173,7 +174,7 @@ def model_config(
     if cfg.get('num_classes') != num_classes:
         # These speak of the net's former classes.
         cfg = {k: v for k, v in cfg.items() if k not in ('label_names', 'label_descriptions', 'label_offset')}
-    in_chans = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
+    in_chans = input_channels(model)
     cfg.update(num_classes=num_classes, input_size=(in_chans, *cfg['input_size'][1:]))
     for name in ('mean', 'std'):
         if len(cfg[name]) != in_chans:

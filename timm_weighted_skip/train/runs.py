@@ -30,7 +30,7 @@ from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import check_count
-from timm_weighted_skip.nets import FOREIGN, LAST, Trained
+from timm_weighted_skip.nets import FOREIGN, LAST, Trained, input_channels
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
@@ -401,7 +401,7 @@ def evaluate_on(
     if net.num_classes != len(data.classes):
         raise ValueError(f'the net knows {net.num_classes} classes, the data has {len(data.classes)}')
     config: Any = net.pretrained_cfg
-    takes, channels = net.get_submodule(config['first_conv']).in_channels, data.images.shape[3]
+    takes, channels = input_channels(net), data.images.shape[3]
     if not takes == channels == len(config['mean']):
         raise ValueError(
             f'the net takes images of {takes} channels, with {len(config["mean"])} pixel means; those of the data have '
