@@ -32,6 +32,17 @@ def test_a_folder_is_no_file(tmp_path, monkeypatch):
             write_file(folder, 'x')
 
 
+def test_a_link_stays_one_and_a_pipe_is_no_file(tmp_path):
+    file, link, pipe = (tmp_path / name for name in ('table.csv', 'link.csv', 'pipe'))
+    link.symlink_to(file)
+    write_file(link, 'new')
+    assert (link.is_symlink(), file.read_text()) == (True, 'new')
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match='pipe is a device or a pipe; give the name of a file'):
+        write_file(pipe, 'x')
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
 def test_two_that_write_one_file_do_not_meet(tmp_path):
     path = tmp_path / 'table.csv'
     with replacing(path) as first, replacing(path) as second:

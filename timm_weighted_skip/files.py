@@ -12,22 +12,25 @@ __all__ = ['replacing', 'write_file']
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new path beside `path` to write a file to, which at the end takes the place of `path`.
+    """A new path beside `path` to write a file to, which at the end takes the place of `path`, or of what it links to.
 
     Its name is its own: of two processes that write one file, each writes it as a whole.
 
     Raises:
-        OSError: It could not be written, or is a folder; what was there still is.
+        OSError: It could not be written, or is a folder, a device or a pipe; what was there still is.
     """
     if path.is_dir():
         raise IsADirectoryError(f'{path} is a folder; give the name of a file')
-    part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise OSError(f'{path} is a device or a pipe; give the name of a file')
+    part = target.with_name(f'.{target.name}.{secrets.token_hex(4)}.part')
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with part.open('rb+') as file:
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(f'{path} could not be written ({reason}); the files that were there are whole') from None
