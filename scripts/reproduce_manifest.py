@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
@@ -82,7 +83,7 @@ class Manifest:
     variance: dict[str, str]
     folder: Path
 
-    @property
+    @cached_property
     def runs(self) -> dict[str, Run]:
         """Every run by EXPERIMENT/RUN."""
         return {run.path: run for experiment in self.experiments.values() for run in experiment.runs.values()}

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import timm
+import torch
 from safetensors.torch import save_file
 
 from timm_weighted_skip.cli import main
-from timm_weighted_skip.train.runs import read_run
+from timm_weighted_skip.data import ImageSet
+from timm_weighted_skip.train.runs import evaluate_on, read_run
 
 
 def train(folder, *more):
@@ -86,3 +88,9 @@ def test_a_net_with_a_deep_stem_is_evaluated_and_read_too(tmp_path):
     assert train(tmp_path, '--model', 'awm_resnet18', '--model-kwargs', *small, *stem) == 0
     for command in ('eval', 'inspect'):
         assert main([command, str(tmp_path / 'run'), '--data', 'digits']) == 0
+
+
+def test_images_too_small_for_the_net_are_refused():
+    data = ImageSet(torch.zeros(10, 16, 16, 3, dtype=torch.uint8), torch.arange(10), tuple('abcdefghij'))
+    with pytest.raises(ValueError, match='images of 16x16 pixels are too small; the net takes 28x28 and more'):
+        evaluate_on(timm.create_model('adaresnet18_released'), data)

@@ -16,7 +16,7 @@ from torch import nn
 
 from timm_weighted_skip.models.names import check_model_name
 
-__all__ = ['FOREIGN', 'LAST', 'NamedNet', 'Trained', 'find_net', 'input_channels', 'load_net']
+__all__ = ['FOREIGN', 'LAST', 'NamedNet', 'Trained', 'check_input_size', 'find_net', 'input_channels', 'load_net']
 
 LAST = 'last.safetensors'
 """In the folder of a training run: the weights after its last epoch."""
@@ -232,6 +232,17 @@ def load_net(
 def input_channels(net: nn.Module) -> int:
     """Channels of the images that a net takes; its config's `first_conv` may name a stem of several."""
     return next(module for module in net.modules() if isinstance(module, nn.Conv2d)).in_channels
+
+
+def check_input_size(net: nn.Module, height: int, width: int) -> None:
+    """Refuse images that `net` would not take.
+
+    Raises:
+        ValueError: They are smaller than its `min_input_size`, if it has one.
+    """
+    least = getattr(net, 'min_input_size', 1)
+    if min(height, width) < least:
+        raise ValueError(f'images of {height}x{width} pixels are too small; the net takes {least}x{least} and more')
 
 
 def _read_state(file: Path) -> dict[str, torch.Tensor]:

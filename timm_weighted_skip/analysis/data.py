@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_weighted_skip.data import FETCHED, ImageSet, load_image_set, open_folder, torchvision_reason
-from timm_weighted_skip.nets import input_channels
+from timm_weighted_skip.nets import check_input_size, input_channels
 
 __all__ = ['LabelledImages', 'load_images']
 
@@ -82,7 +82,8 @@ def load_images(
         data_args: Overrides of timm's data config: `input_size`, `mean`, `std`.
 
     Raises:
-        ValueError: There are no images, the classes are not the net's, or name, shape, size or channels are wrong.
+        ValueError: There are no images, their classes are not as many as the net's, or name, shape, size or channels
+            are wrong.
         OSError: There is no such file or folder.
     """
     train = split in ('train', 'training')
@@ -129,9 +130,5 @@ def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[I
                 'give --mean and --std as it was trained'
             )
     config = resolve_data_config(given, model=model)
-    (_, height, width), least = config['input_size'], getattr(model, 'min_input_size', 1)
-    if min(height, width) < least:
-        raise ValueError(
-            f'images of {height}x{width} pixels are too small; give --input-size with {least}x{least} or more'
-        )
+    check_input_size(model, *config['input_size'][1:])
     return create_transform(**config), 'L' if channels == 1 else 'RGB'

@@ -51,9 +51,9 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
     if not isinstance(model, ResNet) or not any(isinstance(module, SkipWeight) for module in model.modules()):
         raise ValueError(f'{type(model).__name__} has no weights to fold; nets that have are called adaresnet*')
     net = copy.deepcopy(model)
-    stages = [stage for name, stage in net.named_children() if name.startswith('layer')]
+    blocks = [block for name, stage in net.named_children() if name.startswith('layer') for block in stage]
     names = {block: name for name, block in net.named_modules()}
-    kept = [names[block] for block in _fold_units(net, [block for stage in stages for block in stage], names)]
+    kept = [names[block] for block in _fold_units(net, blocks, names)]
     for name, tensor in net.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f'{name} is beyond the range of {tensor.dtype} after folding; fold `model.double()`')

@@ -30,7 +30,7 @@ from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import check_count
-from timm_weighted_skip.nets import FOREIGN, LAST, Trained, input_channels
+from timm_weighted_skip.nets import FOREIGN, LAST, Trained, check_input_size, input_channels
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
@@ -394,7 +394,8 @@ def evaluate_on(
         amp: bfloat16 autocast.
 
     Raises:
-        ValueError: The net is of another number of classes or channels, or its loss is not finite.
+        ValueError: The net is of another number of classes or channels, the images are too small for it, or its loss is
+            not finite.
     """
     check_device(device)
     check_count('batch_size', batch_size)
@@ -407,6 +408,7 @@ def evaluate_on(
             f'the net takes images of {takes} channels, with {len(config["mean"])} pixel means; those of the data have '
             f'{channels}; give a net that was trained on such images'
         )
+    check_input_size(net, *data.images.shape[1:3])
     batches = Batches(data, batch_size, config['mean'], config['std'], device, channels_last=True)
     net = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     measured = evaluate(net, batches, amp)
