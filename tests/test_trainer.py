@@ -73,6 +73,19 @@ def test_frozen_group_is_unmoved_by_a_bit_and_the_other_moves(recipe):
         assert moved == (gates if phase == 'gates' else backbone)
 
 
+def test_released_rule_trains_by_the_papers_recipe():
+    # It decays everything, so that gates and biases are in one group of the optimizer.
+    recipe = {**vars(load_recipe('awm_cifar_short')), 'batch_size': 8, 'torchcompile': False, 'alternate_freeze': 1}
+    trainer = make_trainer(**{**recipe, 'alternate_rule': 'released'})
+    gates, backbone = groups(trainer.net)
+    trainer.train_epoch()
+    before = bits(trainer.net)
+    assert trainer.train_epoch()['phase'] == 'gates'
+    after = bits(trainer.net)
+    moved = {name for name in gates | backbone if after[name] != before[name]}
+    assert moved == gates | {name for name in backbone if name.endswith('bias')}
+
+
 def test_learns_what_can_be_learnt():
     trainer = make_trainer(epochs=12, alternate_freeze=3, smoothing=0.0)
     while trainer.position.epoch < trainer.epochs:

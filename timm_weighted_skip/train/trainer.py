@@ -252,7 +252,9 @@ class Trainer:
         try:
             optimizer = get_optimizer_class(recipe.opt.removeprefix('lookahead_'), bind_defaults=False)
             if 'fused' in signature(optimizer).parameters:
-                options['fused'] = True
+                # By the released rule gates take their first step with biases that have momentum already, and torch's
+                # fused SGD can't take both at once.
+                options['fused'] = recipe.alternate_rule == 'strict'
             options.update(recipe.opt_kwargs)
             made = create_optimizer_v2(self.net, recipe.opt, recipe.lr, recipe.weight_decay, recipe.momentum, **options)
             if getattr(made, 'is_second_order', False):
