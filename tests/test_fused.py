@@ -1,6 +1,8 @@
 """The merge and its ReLU in one step: equal to the plain formula wherever it is taken, and not taken elsewhere."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import timm
@@ -127,6 +129,17 @@ def test_backward_twice_through_a_kept_graph(name):
         assert torch.equal(a, b)
     for a, b in zip(first[2:], only_parameters):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('create_graph', [False, True])
+def test_gradients_of_the_gate_alone_leave_nothing_behind(create_graph):
+    merge, (residual, shortcut) = mapping(), maps()
+    y = single(merge, residual, shortcut)
+    gradients = torch.autograd.grad(y.square().sum(), list(merge.parameters()), create_graph=create_graph)
+    held = weakref.ref(shortcut)  # by the graph
+    del residual, shortcut, y, gradients
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize('reentrant', [False, True])

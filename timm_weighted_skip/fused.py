@@ -193,12 +193,6 @@ def _dots_through_relu(grad: torch.Tensor, y: torch.Tensor, *maps: torch.Tensor)
     return [before, *map(torch.cat, zip(*dots))]
 
 
-def _sum(own: torch.Tensor, share: Optional[torch.Tensor], overwrite: bool) -> torch.Tensor:
-    if share is None:
-        return own
-    return own.add_(share) if overwrite else own + share
-
-
 class _SkipReLU(Function):
     @staticmethod
     def forward(
@@ -228,9 +222,10 @@ class _Means(Function):
     The two share `link`, so that a map's gradient, which has a part from the merge and one from its mean, is written
     once. Forward: the merge comes after the gate, which needs the means. Backward: the means come after the gate, which
     needs dL/dw from the merge; `_MappingReLU` therefore hands on the gradient before its weights, through the residual
-    that is passed on here, and leaves in `link` what makes both maps' gradients of it. The maps that it reads itself do
-    not come through here: double backward gives those gradients of their own, which no weight is to multiply.
-    `of_shortcut`, where given, is the shortcut's mean, whose gradient is the shortcut's all the same.
+    that is passed on here, and leaves in `link` what makes both maps' gradients of it. Where these are to be
+    differentiated it makes them itself, and only the means' part comes from here. The maps that it reads do not come
+    through here: double backward gives those gradients of their own, which no weight is to multiply. `of_shortcut`,
+    where given, is the shortcut's mean, whose gradient is the shortcut's all the same.
     """
 
     @staticmethod
@@ -261,11 +256,14 @@ class _Means(Function):
             shares = of_z.view(len(of_z), 2, -1, 1, 1).expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
         if grad is None:  # of a loss on the weights alone
             return *shares, None, None
+        if weight is None:  # `_MappingReLU` has made the maps' gradients
+            return grad if shares[0] is None else grad + shares[0], shares[1], None, None
         by_residual, by_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
-        # Nobody else holds this gradient and what is made of it, unless it is itself to be differentiated.
-        overwrite = not is_composed(grad)
-        of_shortcut = _sum(grad * by_shortcut, shares[1], overwrite)
-        of_residual = _sum(grad.mul_(by_residual) if overwrite else grad * by_residual, shares[0], overwrite)
+        # Nobody else holds this gradient and what is made of it.
+        of_shortcut, of_residual = grad * by_shortcut, grad.mul_(by_residual)
+        if of_z is not None:
+            of_residual.add_(shares[0])
+            of_shortcut.add_(shares[1])
         return of_residual, of_shortcut, None, None
 
 
@@ -297,9 +295,14 @@ class _MappingReLU(Function):
             weight = weight.detach()
             ctx.link['write'] = partial(ctx.kernels.gradients, y=y.detach(), weight=weight)
             return grad, None, ctx.kernels.dots(grad, kept, shortcut, weight), None, None, None
-        # With its graph the weight would hold the graph that holds it.
-        ctx.link['weight'] = weight if torch.is_grad_enabled() else weight.detach()
+        composed = is_composed(grad)
         grad, by_shortcut, by_residual = _dots_through_relu(grad, y, shortcut, y if kept is None else kept)
         if kept is None:
             by_residual = (by_residual - weight[:, 1] * by_shortcut) / weight[:, 0]
-        return grad, None, torch.stack([by_residual, by_shortcut], dim=1), None, None, None
+        of_weight = torch.stack([by_residual, by_shortcut], dim=1)  # (N, 2)
+        if composed:
+            ctx.link.clear()  # the weight left there, with its graph, would hold the graph that holds it
+            w1, w2 = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
+            return grad * w1, grad * w2, of_weight, None, None, None
+        ctx.link['weight'] = weight.detach()
+        return grad, None, of_weight, None, None, None
