@@ -228,9 +228,11 @@ def test_damaged_and_missing_logs_are_named(tmp_path):
         with pytest.raises(ValueError, match='something else than objects'):
             read_run(tmp_path)
     (tmp_path / 'result.json').unlink()
-    (tmp_path / 'log.jsonl').write_text('')
-    with pytest.raises(ValueError, match='0 epochs'):
-        read_run(tmp_path)
+    logs = {'': '0 epochs', '{"epoch": null}': 'a number "epoch"', '{"epoch": 0, "test_top1": [1]}': r'eval_top1 \[1\]'}
+    for log, message in logs.items():
+        (tmp_path / 'log.jsonl').write_text(log)
+        with pytest.raises(ValueError, match=message):
+            read_run(tmp_path)
 
 
 def test_every_picture_is_drawn_and_labelled(tmp_path):

@@ -223,6 +223,8 @@ def half_an_npz(path):
         (lambda f, t: ['inspect', 'awm_resnet15'], "no model is called 'awm_resnet15'; near names are"),
         (lambda f, t: ['inspect', str(t)], 'neither config.json nor last.safetensors'),
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', str(t / 'x')], "no file '"),
+        (lambda f, t: ['inspect', f, '--model-kwargs', 'features_only=True'], 'features_only is no argument of a net'),
+        (lambda f, t: ['inspect', f, '--model-kwargs', 'num_classes=7'], 'are of 10 classes, not of 7; leave'),
         (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--checkpoint', f + '/model.safetensors'], 'do not fit awm'),
         (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--model-kwargs', 'act_layer=x'], 'with these arguments'),
         (lambda f, t: ['inspect', 'awm_resnet110_cifar', '--model-kwargs', 'global_pool=x'], 'Invalid pool type: x'),
@@ -241,6 +243,7 @@ def half_an_npz(path):
         (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),
         (lambda f, t: ['curves', f], 'neither log.jsonl nor summary.csv'),
         (lambda f, t: ['inspect', f, '--data', 'digits', '--input-size', '1', '2', '8'], '2x8 pixels are too small'),
+        (lambda f, t: ['extremes', f, '--data', 'digits', '--device', 'meta'], "device 'meta' is not to be had"),
         (lambda f, t: ['extremes', f, '--data', 'digits', '--device', 'abacus'], "device 'abacus' is not to be had"),
     ],
 )  # fmt: skip

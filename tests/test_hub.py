@@ -339,7 +339,7 @@ def test_convert_and_fold_take_a_run(tmp_path):
     ('arguments', 'why'),
     [
         (['save', 'run', '--output', 'x'], "result.json is not of a run of this trainer ('command')"),
-        (['eval', 'run', '--data', 'digits'], 'the net knows 5 classes, the data has 10'),
+        (['eval', 'run', '--data', 'digits'], 'the data has 10 classes and the net 5'),
         (
             ['eval', 'run', '--data', 'colour', '--data-dir', '.'],
             'takes images of 1 channels, with 1 pixel means; those',

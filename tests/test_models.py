@@ -202,6 +202,22 @@ def test_sharing_a_weight_shares_the_parameter():
     assert {unit.weight.item() for unit in mapping_units(fixed)} == {2.0}
 
 
+def test_a_shared_weight_takes_one_value():
+    own = timm.create_model('adaresnet14_cifar', skip_init=0.5)
+    for sharing in ('kind', 'unified'):
+        shared = timm.create_model('adaresnet14_cifar', sharing=sharing)
+        shared.load_state_dict(own.state_dict())
+        assert {unit.weight.item() for unit in mapping_units(shared)} == {0.5}
+    with torch.no_grad():
+        own.layer2[0].merge.weight.fill_(0.25)  # the projections' weights are 0.25 and 0.5
+    for sharing in ('kind', 'unified'):
+        with pytest.raises(
+            RuntimeError, match=r'layer2\.0\.merge\.weight.*one weight in this net, and their values differ'
+        ):
+            timm.create_model('adaresnet14_cifar', sharing=sharing).load_state_dict(own.state_dict())
+    timm.create_model('adaresnet14_cifar').load_state_dict(own.state_dict())
+
+
 @pytest.mark.parametrize(
     ('name', 'kwargs', 'error', 'message'),
     [

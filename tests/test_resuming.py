@@ -148,6 +148,8 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path, capsys):
     log = folder / 'log.jsonl'
     log.write_text(log.read_text()[:-9])
     refused(f'{log} is damaged')
+    log.write_text('null\n')
+    refused(f'{log} is damaged')
     assert main(['train', '--resume', str(folder), '--epochs', '9']) == 1
     assert 'give no --epochs' in capsys.readouterr().err
     args = (folder / 'args.yaml').read_text()

@@ -261,9 +261,9 @@ class _Means(Function):
         by_residual, by_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         # Nobody else holds this gradient and what is made of it.
         of_shortcut, of_residual = grad * by_shortcut, grad.mul_(by_residual)
-        if of_z is not None:
-            of_residual.add_(shares[0])
-            of_shortcut.add_(shares[1])
+        for own, share in zip((of_residual, of_shortcut), shares):
+            if share is not None:
+                own.add_(share)
         return of_residual, of_shortcut, None, None
 
 

@@ -8,7 +8,7 @@ Shapes: N images, C channels, H x W pixels, K incoming units of a concatenation,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import List, Literal, Union  # noqa: UP035  TorchScript reads List
 
 import torch
@@ -141,6 +141,25 @@ def skip_weights(
         return shared[key]
 
     return make
+
+
+def why_not_shared(net: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str = '') -> str:
+    """Why the entries of `state_dict` can't be those of weights that units of `net` share: values differ; '' if not.
+
+    torch would load them one after another, and the last unit's would count for all.
+    """
+    first: dict[nn.Module, tuple[str, torch.Tensor]] = {}
+    for name, module in net.named_modules(prefix=prefix.removesuffix('.'), remove_duplicate=False):
+        key = f'{name}.weight'
+        if not isinstance(module, SkipWeight) or key not in state_dict or state_dict[key].is_meta:
+            continue
+        known, value = first.setdefault(module, (key, state_dict[key]))
+        if not torch.allclose(state_dict[key], value, rtol=0, atol=0, equal_nan=True):
+            return (
+                f'{known} and {key} are one weight in this net, and their values differ ({value:.4g} and '
+                f'{state_dict[key]:.4g}); make the net with the `sharing` that they were trained with'
+            )
+    return ''
 
 
 class Gate(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,12 +17,22 @@ from torch import nn
 
 from timm_weighted_skip.models.names import check_model_name
 
-__all__ = ['FOREIGN', 'LAST', 'NamedNet', 'Trained', 'check_input_size', 'find_net', 'input_channels', 'load_net']
+__all__ = [
+    'FOREIGN',
+    'LAST',
+    'NamedNet',
+    'Trained',
+    'check_classes',
+    'check_input_size',
+    'find_net',
+    'input_channels',
+    'load_net',
+]
 
 LAST = 'last.safetensors'
 """In the folder of a training run: the weights after its last epoch."""
 
-FOREIGN = {'cache_dir', 'checkpoint_path', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
+FOREIGN = {'cache_dir', 'checkpoint_path', 'features_only', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 """Arguments of `timm.create_model` that are not the net's; a file from somewhere has no business with them."""
 
 UNKNOWN = dict.fromkeys(('tag', 'label_names', 'label_descriptions', 'description', 'origin_url'))
@@ -145,7 +156,19 @@ class NamedNet:
                 f'the weights of {self.weights or self.name} do not fit {self.name}: {reason}; '
                 'give the arguments that it was trained with, such as --model-kwargs num_classes=100'
             ) from error
+        if published:
+            _check_classes(net, self.name)
         return net.eval()
+
+
+def _check_classes(net: Any, name: str) -> None:
+    """Refuse the fresh head that timm gives a net of another number of classes than its published weights'."""
+    wanted, classes = net.num_classes, net.pretrained_cfg['num_classes']
+    if wanted != classes:
+        raise ValueError(
+            f'the weights of {name} are of {classes} classes, not of {wanted}; leave num_classes out, or give weights '
+            f'of {wanted} classes as --checkpoint'
+        )
 
 
 def find_net(source: str, checkpoint: Optional[Union[str, Path]] = None) -> NamedNet:
@@ -243,6 +266,27 @@ def check_input_size(net: nn.Module, height: int, width: int) -> None:
     least = getattr(net, 'min_input_size', 1)
     if min(height, width) < least:
         raise ValueError(f'images of {height}x{width} pixels are too small; the net takes {least}x{least} and more')
+
+
+def check_classes(net: nn.Module, classes: Sequence[object]) -> None:
+    """Refuse images whose classes are not the net's.
+
+    Names are compared with those of its config where both have the same ones: others, or numbers, may mean the same.
+
+    Raises:
+        ValueError: They are more or fewer, or in another order.
+    """
+    own = getattr(net, 'num_classes', len(classes))  # a net of features alone has none
+    if own != len(classes):
+        raise ValueError(f'the data has {len(classes)} classes and the net {own}; give the set that it was made for')
+    config: Any = getattr(net, 'pretrained_cfg', {})
+    names, given = [*(config.get('label_names') or ())], [*map(str, classes)]
+    if given != names and set(given) == set(names):
+        first = next(i for i, pair in enumerate(zip(given, names)) if pair[0] != pair[1])
+        raise ValueError(
+            f'the classes of the data are in another order than those of the net: number {first} is {given[first]!r}, '
+            f'and for the net {names[first]!r}; number the labels as the net does'
+        )
 
 
 def _read_state(file: Path) -> dict[str, torch.Tensor]:

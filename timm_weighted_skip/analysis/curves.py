@@ -106,9 +106,12 @@ def read_run(folder: Union[str, Path]) -> Run:
             raise ValueError('it has something else than objects')
     except ValueError as error:
         raise ValueError(f'{folder}: the log cannot be read: {error}') from error
-    if not log or any('epoch' not in entry for entry in log):
-        raise ValueError(f'{folder}: the log has {len(log)} epochs, and each needs a field "epoch"')
+    if not log or not all(isinstance(entry.get('epoch'), (int, float)) for entry in log):
+        raise ValueError(f'{folder}: the log has {len(log)} epochs, and each needs a number "epoch"')
     log = [{_NAMES.get(name, name): value for name, value in entry.items()} for entry in log]
+    for name, value in ((name, entry.get(name)) for entry in log for name in _CURVES):
+        if value is not None and not isinstance(value, (int, float)):
+            raise ValueError(f'{folder}: the log says {name} {value!r}, which is not a number')
     return Run(folder, [{**entry, 'epoch': int(entry['epoch'])} for entry in log], outcome)
 
 

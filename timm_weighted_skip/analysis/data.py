@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from timm_weighted_skip.data import FETCHED, ImageSet, load_image_set, open_folder, torchvision_reason
-from timm_weighted_skip.nets import check_input_size, input_channels
+from timm_weighted_skip.nets import check_classes, check_input_size, input_channels
 
 __all__ = ['LabelledImages', 'load_images']
 
@@ -82,7 +82,7 @@ def load_images(
         data_args: Overrides of timm's data config: `input_size`, `mean`, `std`.
 
     Raises:
-        ValueError: There are no images, their classes are not as many as the net's, or name, shape, size or channels
+        ValueError: There are no images, their classes are not the net's, or name, shape, size or channels
             are wrong.
         OSError: There is no such file or folder.
     """
@@ -108,9 +108,7 @@ def load_images(
         classes = getattr(source, 'classes', None) or list(source.reader.class_to_idx)
     if not len(source):
         raise ValueError(f'{name!r}, split {split!r}, has no images')
-    num_classes = getattr(model, 'num_classes', len(classes))
-    if len(classes) != num_classes:
-        raise ValueError(f'{name!r} has {len(classes)} classes and the net {num_classes}; give the set it was made for')
+    check_classes(model, classes)
     return LabelledImages(source, list(classes), *_transform(model, data_args))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_weighted_skip.fused import can_fuse
 from timm_weighted_skip.fused_norm import can_fuse_norm
-from timm_weighted_skip.layers import check_count
+from timm_weighted_skip.layers import check_count, why_not_shared
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
 
 __all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet']
@@ -162,6 +162,11 @@ class WeightedResNet(ChecksInputSize, ResNet):
         check_count('in_chans', in_chans)
         super().__init__(block, layers, in_chans=in_chans, block_args={**(block_args or {}), 'merge': merge}, **kwargs)
         self.min_input_size = self.feature_info[-1]['reduction']
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        if why := why_not_shared(self, state_dict, prefix):
+            errors.append(why)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
 def build_resnet(

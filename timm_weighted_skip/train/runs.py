@@ -30,7 +30,7 @@ from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import check_count
-from timm_weighted_skip.nets import FOREIGN, LAST, Trained, check_input_size, input_channels
+from timm_weighted_skip.nets import FOREIGN, LAST, Trained, check_classes, check_input_size, input_channels
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
@@ -79,7 +79,7 @@ def read_run(folder: Path) -> tuple[Run, list[int]]:
         raise ValueError(f'{folder} has no {ARGS}; give the folder of a run of this trainer')
     values = read_yaml(path)
     try:
-        seeds, recipe = values.pop('seeds'), Recipe(**values.pop('recipe'))
+        seeds, recipe = list(values.pop('seeds')), Recipe(**values.pop('recipe'))
         return Run(**values, recipe=recipe), seeds
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not this trainer's ({error})") from None
@@ -321,7 +321,10 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     book.update(state['book'])
     if (folder / LOG).exists():
         lines = _json_of(folder / LOG, (folder / LOG).read_text().splitlines())
-        book['log'] = [line for line in lines if line['epoch'] < trainer.position.epoch]
+        try:
+            book['log'] = [line for line in lines if line['epoch'] < trainer.position.epoch]
+        except (TypeError, LookupError):
+            raise ValueError(f'{folder / LOG} is damaged: a line is no epoch') from None
     _link(folder, trainer, book)  # which a kill may have forestalled
     return book
 
@@ -394,13 +397,12 @@ def evaluate_on(
         amp: bfloat16 autocast.
 
     Raises:
-        ValueError: The net is of another number of classes or channels, the images are too small for it, or its loss is
-            not finite.
+        ValueError: The net is of other classes or another number of channels, the images are too small for it, or its
+            loss is not finite.
     """
     check_device(device)
     check_count('batch_size', batch_size)
-    if net.num_classes != len(data.classes):
-        raise ValueError(f'the net knows {net.num_classes} classes, the data has {len(data.classes)}')
+    check_classes(net, data.classes)
     config: Any = net.pretrained_cfg
     takes, channels = input_channels(net), data.images.shape[3]
     if not takes == channels == len(config['mean']):

@@ -45,7 +45,9 @@ def check_device(device: str) -> torch.device:
         ValueError: torch has none.
     """
     try:
-        return torch.empty(0, device=device).device
+        empty = torch.empty(0, device=device)
+        empty.cpu()  # which "meta" can't
+        return empty.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f'device {device!r} is not to be had ({str(error).splitlines()[0]}); give cpu or cuda'
@@ -66,10 +68,12 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
     try:
         net = timm.create_model(model, pretrained=pretrained, **shape, **model_kwargs)
         with torch.inference_mode():
-            net.eval()(torch.zeros(1, *data.images.shape[1:]).permute(0, 3, 1, 2))
+            output = net.eval()(torch.zeros(1, *data.images.shape[1:]).permute(0, 3, 1, 2))
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         # Nets of a fixed or a smallest image size assert; the rest are arguments that are not the net's.
         raise ValueError(f'model {model!r}: {error}') from None
+    if getattr(output, 'shape', None) != (1, len(data.classes)):
+        raise ValueError(f'model {model!r} with {model_kwargs} does not give one number per class; train the whole net')
     return net.train()
 
 
