@@ -287,7 +287,7 @@ def checkpoint_table(root: Path) -> str:
         macs = '-' if config['pretrained_cfg']['input_size'] != list(cost.input_size) else f'{cost.macs / 1e6:.1f}'
         name = f'[{file.parent.name}](hub_cards/{file.parent.name})'
         accuracies = f'{own:.2f}', spread(results.top1)
-        rows.append([name, results.dataset, results.epochs, *accuracies, f'{cost.params / 1e6:.3f}', macs])
+        rows.append([name, results.dataset, str(results.epochs), *accuracies, f'{cost.params / 1e6:.3f}', macs])
     columns = ['checkpoint', 'data', 'epochs', 'top-1 (%)', 'mean ± std (n)', 'params (M)', 'MACs (M)']
     return markdown(columns, rows)
 
