@@ -157,11 +157,11 @@ class NamedNet:
                 'give the arguments that it was trained with, such as --model-kwargs num_classes=100'
             ) from error
         if published:
-            _check_classes(net, self.name)
+            _check_head(net, self.name)
         return net.eval()
 
 
-def _check_classes(net: Any, name: str) -> None:
+def _check_head(net: Any, name: str) -> None:
     """Refuse the fresh head that timm gives a net of another number of classes than its published weights'."""
     wanted, classes = net.num_classes, net.pretrained_cfg['num_classes']
     if wanted != classes:
