@@ -106,3 +106,10 @@ def test_classes_in_another_order_than_the_nets_are_refused():
         evaluate_on(net, turned)
     expected = evaluate_on(net, data)
     assert evaluate_on(net, replace(data, classes=tuple('abcdefghij'))) == expected  # names that say nothing to the net
+
+
+def test_a_run_too_short_for_its_gates_says_so(tmp_path, capsys):
+    assert train(tmp_path, '--alternate-freeze', '1') == 0
+    assert 'no epoch of 1 trains the gates: --alternate-freeze 1' in capsys.readouterr().err
+    assert train(tmp_path / 'both', '--alternate-freeze', '1', '--epochs', '2') == 0
+    assert 'trains the gates' not in capsys.readouterr().err

@@ -261,6 +261,7 @@ def test_torchcompile_without_a_compiler_is_refused(tmp_path, monkeypatch, capsy
         (['--smoothing', '1'], 'smoothing=1.0 is not allowed; give a number of 0 or more, below 1'),
         (['--std', '0'], 'the pixel deviations are [0.0]; give --std with numbers above 0'),
         (['--model-kwargs', 'pretrained=True'], 'give --pretrained instead'),
+        (['--opt-kwargs', 'foreach=True', 'fused=True'], "optimizer 'sgd'"),
         (['--model-kwargs', 'features_only=True'], 'does not give one number per class; train the whole net'),
         (['--model-kwargs', 'layers=(1,1)'], "model 'awm_resnet14_cifar'"),
         (['--torchcompile', '--torchcompile-mode', 'none'], "torchcompile_mode='none'"),

@@ -65,10 +65,15 @@ class SkipWeight(nn.Module):
             self.weight = nn.Parameter(weight)
         self.reset_parameters()
 
-    @property
-    def starts_closed(self) -> bool:
-        """Whether a fresh unit passes nothing of its shortcut."""
-        return self.weight is not None and self.init == 0
+    def starts_open(self, projection: bool) -> bool:
+        """Whether a fresh unit whose residual branch gives 0 passes on what it reads.
+
+        Of an identity shortcut relu keeps nothing of a negative multiple, and a small one fades along a chain of units.
+        A projection ends in a norm, whose output has both signs and a scale of its own.
+        """
+        if self.weight is None:
+            return True
+        return self.init != 0 if projection else self.init != 'normal' and self.init >= 1
 
     def reset_parameters(self) -> None:
         if self.weight is None:
@@ -221,14 +226,16 @@ class ActiveWeightedMapping(nn.Module):
         ValueError: As `Gate`.
     """
 
-    starts_closed = False
-
     def __init__(
         self, channels: int, hidden: int = 16, scale: float = 2.0, plain: bool = False, device=None, dtype=None
     ) -> None:
         super().__init__()
         check_choice('plain', plain, (False, True))
         self.gate = None if plain else Gate(2 * channels, hidden, paths=2, scale=scale, device=device, dtype=dtype)
+
+    def starts_open(self, projection: bool) -> bool:
+        """As `SkipWeight.starts_open`: a fresh gate passes half of the shortcut times `scale`."""
+        return True
 
     def forward(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if self.gate is None:

@@ -32,8 +32,8 @@ class MappingUnit:
         self.merge = merge(last_conv.out_channels, projection=self.downsample is not None, **dd)
 
     def zero_init_last(self) -> None:
-        """Zero the last norm layer as timm does, but not under a closed shortcut: output and gradient would be 0."""
-        if not self.merge.starts_closed:
+        """Zero the last norm layer as timm does, but not where output and gradient would then be 0, or nearly."""
+        if self.merge.starts_open(projection=self.downsample is not None):
             super().zero_init_last()
 
     def can_fuse_norm(self, conv: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:

@@ -53,10 +53,6 @@ def _switch(default: Optional[bool], text: str) -> Any:
     return field(default=default, metadata={'help': text, 'action': argparse.BooleanOptionalAction})
 
 
-def _flag(text: str) -> Any:
-    return field(default=False, metadata={'help': text, 'action': 'store_true'})
-
-
 def _kwargs(text: str) -> Any:
     metadata = {'help': text, 'nargs': '*', 'action': NamedValues, 'metavar': 'NAME=VALUE'}
     return field(default_factory=dict, metadata=metadata)
@@ -66,7 +62,7 @@ def _check_kind(option: Field, value: Any) -> None:
     """Refuse what is no switch, list, dict or name where the option is one, as YAML's `"false"` or a single number."""
     action = option.metadata.get('action')
     kinds: tuple[type, ...]
-    if action in ('store_true', argparse.BooleanOptionalAction):
+    if action is argparse.BooleanOptionalAction:
         kinds, instead = (bool,), 'true or false'
     elif action is NamedValues:
         kinds, instead = (dict,), 'names with values'
@@ -115,7 +111,7 @@ class Recipe:
     alternate_rule: Literal['strict', 'released'] = _option(
         'strict', "'strict' freezes the whole backbone, 'released' its weights only"
     )
-    alternate_bn_stats: bool = _flag('keep running statistics in gate phases')
+    alternate_bn_stats: bool = _switch(False, 'keep running statistics in gate phases')
 
     opt: str = _option('sgd', "optimizer, one of timm's", str, 'NAME')
     lr: float = _option(0.1, 'learning rate', float, 'LR')
@@ -128,27 +124,31 @@ class Recipe:
     clip_mode: str = _option('norm', "'norm', 'value' or 'agc'")
 
     sched: str = _option('cosine', "learning rate schedule, one of timm's", str, 'NAME')
-    sched_on_updates: bool = _flag('move the schedule at every update instead of every epoch')
-    min_lr: float = _option(0.0, 'lowest learning rate', float, 'LR')
+    sched_on_updates: bool = _switch(False, 'move the schedule at every update instead of every epoch')
+    min_lr: float = _option(0.0, 'lowest learning rate (not of step, multistep)', float, 'LR')
     warmup_epochs: int = _option(0, 'epochs of warm-up', int, 'N')
     warmup_lr: float = _option(1e-5, 'where the warm-up starts', float, 'LR')
-    cooldown_epochs: int = _option(0, 'epochs at the lowest rate after the schedule', int, 'N')
+    cooldown_epochs: int = _option(0, 'epochs at the lowest rate after it (cosine, tanh, poly)', int, 'N')
     decay_epochs: float = _option(90, "epochs between drops ('step')", float, 'N')
-    decay_milestones: list[int] = _option([90, 180, 270], "the drops' epochs + 1 ('multistep')", int, 'N', nargs='+')
+    decay_milestones: list[int] = _option(
+        [90, 180, 270], "the drops' epochs + 1; with --sched-on-updates, the epochs ('multistep')", int, 'N', nargs='+'
+    )
     decay_rate: float = _option(0.1, 'factor of a drop', float)
 
     pad_crop: int = _option(0, 'black pixels at each side before a random crop', int, 'N')
     hflip: float = _option(0.5, 'probability of mirroring', float, 'P')
-    no_aug: bool = _flag('images as they are, whatever --pad-crop and --hflip say')
+    no_aug: bool = _switch(False, 'images as they are, whatever --pad-crop and --hflip say')
     mean: Optional[list[float]] = _option(None, "pixel mean per channel (the model's)", float, nargs='+')
     std: Optional[list[float]] = _option(None, "pixel deviation per channel (the model's)", float, nargs='+')
     smoothing: float = _option(0.1, 'label smoothing', float)
 
-    model_ema: bool = _flag('keep a moving average of the weights and measure that')
+    model_ema: bool = _switch(False, 'keep a moving average of the weights and measure that')
     model_ema_decay: float = _option(0.9998, 'its decay', float)
-    model_ema_warmup: bool = _flag('start with a smaller decay')
+    model_ema_warmup: bool = _switch(False, 'start with a smaller decay')
 
-    grad_checkpointing: bool = _flag('compute activations twice to keep fewer')
+    grad_checkpointing: bool = _switch(
+        False, 'compute activations twice to keep fewer; norms see each batch twice, too'
+    )
     amp: Optional[bool] = _switch(None, 'bfloat16 autocast (on CUDA)')
     channels_last: Optional[bool] = _switch(None, 'channels-last memory layout (always)')
     torchcompile: Optional[bool] = _switch(None, 'torch.compile (where the run is long enough to win)')
@@ -207,10 +207,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """An option for every field of `Recipe`; those that are not given are absent from the parsed arguments."""
     group = parser.add_argument_group('recipe', 'what the recipe says, overridden')
     for option in fields(Recipe):
-        arguments = dict(option.metadata)
-        if arguments.get('action') == 'store_true':
-            arguments.pop('metavar', None)
-        group.add_argument(f'--{option.name.replace("_", "-")}', default=argparse.SUPPRESS, **arguments)
+        group.add_argument(f'--{option.name.replace("_", "-")}', default=argparse.SUPPRESS, **option.metadata)
 
 
 def recipe_arguments(options: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import math
 import platform
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -206,6 +207,9 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
     random_seed(recipe.seed)
     net = make_net(task.model, train, task.pretrained, **recipe.model_kwargs)
     trainer = Trainer(net, recipe, train, test, task.device)
+    if 0 < trainer.epochs <= recipe.alternate_freeze:
+        begins = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
+        print(f'no epoch of {trainer.epochs} trains the gates: {begins}', file=sys.stderr)
     book = _resume(task, folder, trainer)
     book['devices'] = [*dict.fromkeys([*book['devices'], _device_name(trainer.device)])]
     with tqdm(

@@ -255,7 +255,10 @@ class Trainer:
         options = {name: value for name, value in options.items() if value is not None}
         try:
             optimizer = get_optimizer_class(recipe.opt.removeprefix('lookahead_'), bind_defaults=False)
-            if 'fused' in signature(optimizer).parameters:
+            if (
+                'fused' in signature(optimizer).parameters
+                and not {'foreach', 'differentiable'} & recipe.opt_kwargs.keys()
+            ):
                 # By the released rule gates take their first step with biases that have momentum already, and torch's
                 # fused SGD can't take both at once.
                 options['fused'] = recipe.alternate_rule == 'strict'
@@ -264,7 +267,7 @@ class Trainer:
             if getattr(made, 'is_second_order', False):
                 raise ValueError("it takes second derivatives, which this trainer does not make; timm's train.py does")
             return made
-        except (AssertionError, LookupError, TypeError, ValueError) as error:
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f'optimizer {recipe.opt!r}: {error}') from None
 
     def _make_scheduler(self):
