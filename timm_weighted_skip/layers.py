@@ -155,14 +155,15 @@ def why_not_shared(net: nn.Module, state_dict: Mapping[str, torch.Tensor], prefi
     """
     first: dict[nn.Module, tuple[str, torch.Tensor]] = {}
     for name, module in net.named_modules(prefix=prefix.removesuffix('.'), remove_duplicate=False):
-        key = f'{name}.weight'
-        if not isinstance(module, SkipWeight) or key not in state_dict or state_dict[key].is_meta:
+        value = state_dict.get(f'{name}.weight')
+        # What is no scalar is torch's to refuse.
+        if not isinstance(module, SkipWeight) or value is None or value.ndim or value.is_meta:
             continue
-        known, value = first.setdefault(module, (key, state_dict[key]))
-        if not torch.allclose(state_dict[key], value, rtol=0, atol=0, equal_nan=True):
+        known, other = first.setdefault(module, (name, value))
+        if not torch.allclose(value, other, rtol=0, atol=0, equal_nan=True):
             return (
-                f'{known} and {key} are one weight in this net, and their values differ ({value:.4g} and '
-                f'{state_dict[key]:.4g}); make the net with the `sharing` that they were trained with'
+                f'{known}.weight and {name}.weight are one weight in this net, and their values differ '
+                f'({other:.4g} and {value:.4g}); make the net with the `sharing` that they were trained with'
             )
     return ''
 
