@@ -291,11 +291,11 @@ class _MappingReLU(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         y, shortcut, weight, kept = ctx.saved_tensors
-        if ctx.kernels is not None and not is_composed(grad):
+        composed = is_composed(grad)
+        if ctx.kernels is not None and not composed:
             weight = weight.detach()
             ctx.link['write'] = partial(ctx.kernels.gradients, y=y.detach(), weight=weight)
             return grad, None, ctx.kernels.dots(grad, kept, shortcut, weight), None, None, None
-        composed = is_composed(grad)
         grad, by_shortcut, by_residual = _dots_through_relu(grad, y, shortcut, y if kept is None else kept)
         if kept is None:
             by_residual = (by_residual - weight[:, 1] * by_shortcut) / weight[:, 0]
