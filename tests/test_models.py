@@ -97,6 +97,11 @@ def test_units_that_would_not_pass_their_shortcut_keep_their_last_norm(skip_init
     assert not any(opened.get_submodule(u.name).bn3.weight.any() for u in mapping_units(opened))
 
 
+def test_the_released_start_keeps_every_norm():
+    model = timm.create_model('adaresnet18_released', skip_init='normal')
+    assert all(model.get_submodule(unit.name).bn2.weight.all() for unit in mapping_units(model))
+
+
 @pytest.mark.parametrize(
     'name', ['awm_resnet20_cifar', 'adaresnet20_cifar', 'awm_densenet22_bc_cifar', 'adaresnet18_released']
 )

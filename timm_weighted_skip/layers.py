@@ -69,11 +69,12 @@ class SkipWeight(nn.Module):
         """Whether a fresh unit whose residual branch gives 0 passes on what it reads.
 
         Of an identity shortcut relu keeps nothing of a negative multiple, and a small one fades along a chain of units.
-        A projection ends in a norm, whose output has both signs and a scale of its own.
+        A projection ends in a norm, whose output has both signs and a scale of its own. `'normal'` is the released
+        script's start, all norms of which start at 1.
         """
         if self.weight is None:
             return True
-        return self.init != 0 if projection else self.init != 'normal' and self.init >= 1
+        return self.init != 'normal' and (self.init != 0 if projection else self.init >= 1)
 
     def reset_parameters(self) -> None:
         if self.weight is None:
