@@ -88,13 +88,28 @@ def test_a_fresh_net_learns_from_any_weights(sharing, skip_init):
         assert learns_one_batch(net)
 
 
-@pytest.mark.parametrize('skip_init', [0.0, 'normal', -1.0, 0.5])
-def test_units_that_would_not_pass_their_shortcut_keep_their_last_norm(skip_init):
-    model = timm.create_model('adaresnet50', skip_init=skip_init)
+def test_a_deep_net_learns_from_shortcuts_of_a_half():
+    torch.manual_seed(0)
+    assert learns_one_batch(timm.create_model('awm_resnet110_cifar', num_classes=4, scale=1.0))
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        *(('adaresnet50', {'skip_init': init}) for init in (0.0, 'normal', -1.0, 0.5)),
+        *(('awm_resnet50', {'scale': scale}) for scale in (1.0, -2.0)),
+    ],
+)
+def test_units_that_would_not_pass_their_shortcut_keep_their_last_norm(name, options):
+    model = timm.create_model(name, **options)
     identities = [unit for unit in mapping_units(model) if unit.kind == 'identity']
     assert all(model.get_submodule(unit.name).bn3.weight.all() for unit in identities)
-    opened = timm.create_model('adaresnet50', skip_init=1.0)
-    assert not any(opened.get_submodule(u.name).bn3.weight.any() for u in mapping_units(opened))
+
+
+@pytest.mark.parametrize(('name', 'options'), [('adaresnet50', {'skip_init': 1.0}), ('awm_resnet50', {})])
+def test_units_that_pass_their_shortcut_start_without_their_branch(name, options):
+    model = timm.create_model(name, **options)
+    assert not any(model.get_submodule(unit.name).bn3.weight.any() for unit in mapping_units(model))
 
 
 def test_the_released_start_keeps_every_norm():

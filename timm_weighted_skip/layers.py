@@ -236,8 +236,8 @@ class ActiveWeightedMapping(nn.Module):
         self.gate = None if plain else Gate(2 * channels, hidden, paths=2, scale=scale, device=device, dtype=dtype)
 
     def starts_open(self, projection: bool) -> bool:
-        """As `SkipWeight.starts_open`: a fresh gate passes half of the shortcut times `scale`."""
-        return True
+        """As `SkipWeight.starts_open`: a fresh gate gives the shortcut half of `scale`."""
+        return self.gate is None or projection or self.gate.scale >= 2
 
     def forward(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
