@@ -278,10 +278,12 @@ def fill(path: Path, sections: dict[str, Optional[str]]) -> None:
 
 
 def checkpoint_table(root: Path) -> str:
-    """The checkpoint directories with what their configs say was measured."""
+    """The checkpoint directories whose configs say what was measured, and that."""
     rows = []
     for file in sorted(root.glob('*/config.json')):
         config = json.loads(file.read_text())
+        if 'results' not in config:
+            continue
         results, cost = Results.from_dict(config['results'], str(file)), model_cost(config['architecture'])
         own = results.top1[results.seeds.index(results.seed)]
         macs = '-' if config['pretrained_cfg']['input_size'] != list(cost.input_size) else f'{cost.macs / 1e6:.1f}'
@@ -335,7 +337,7 @@ def write_checkpoints(manifest: Manifest, runs: Path, root: Path) -> None:
             if not run.checkpoint or run.seeds[0] not in results:
                 continue
             if folder.exists():
-                there = json.loads((folder / 'config.json').read_text())['results']['recipe']
+                there = json.loads((folder / 'config.json').read_text()).get('results', {}).get('recipe')
                 measured = results_of(manifest, run, results)
                 if there != measured.recipe:
                     raise ValueError(f'{folder} is of `{there}`, not of `{measured.recipe}`; remove it first')

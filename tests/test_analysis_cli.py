@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -207,6 +208,13 @@ def half_an_npz(path):
     return arguments
 
 
+def half_a_checkpoint(path, folder: str) -> str:
+    copy = shutil.copytree(folder, path / 'half')
+    whole = (copy / 'model.safetensors').read_bytes()
+    (copy / 'model.safetensors').write_bytes(whole[: len(whole) // 2])
+    return str(copy)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -228,6 +236,7 @@ def half_an_npz(path):
         (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--checkpoint', f + '/model.safetensors'], 'do not fit awm'),
         (lambda f, t: ['inspect', 'awm_resnet20_cifar', '--model-kwargs', 'act_layer=x'], 'with these arguments'),
         (lambda f, t: ['inspect', 'awm_resnet110_cifar', '--model-kwargs', 'global_pool=x'], 'Invalid pool type: x'),
+        (lambda f, t: ['inspect', half_a_checkpoint(t, f)], 'half do not fit'),
         (lambda f, t: ['inspect', f + '/model.safetensors'], 'does not say which model it is of'),
         (lambda f, t: ['inspect', f, f, '--data', 'digits'], '2 nets with --data'),
         (lambda f, t: ['inspect', f, '--per-class'], '--per-class needs images'),

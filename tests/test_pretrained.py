@@ -176,8 +176,8 @@ def test_which_checkpoint_is_the_default(tmp_path, monkeypatch):
     """A checkpoint for other data does not change what the bare name builds, one for the same becomes its default."""
     monkeypatch.setattr(pretrained, 'checkpoint_root', lambda: tmp_path)
 
-    def stage(name: str, input_size: list[int], num_classes: int) -> None:
-        config = {'num_classes': num_classes, 'pretrained_cfg': {'input_size': input_size}}
+    def stage(name: str, input_size: list[int], num_classes: int, **cfg) -> None:
+        config = {'num_classes': num_classes, 'pretrained_cfg': {'input_size': input_size, **cfg}}
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text(json.dumps(config))
 
@@ -193,11 +193,12 @@ def test_which_checkpoint_is_the_default(tmp_path, monkeypatch):
     assert tags() == {'net_cifar': ['untrained'], 'net': ['a_in1k', 'b_in1k']}
     stage('net_cifar.digits', [1, 8, 8], 10)
     stage('net_cifar.cifar100', [3, 32, 32], 100)
+    stage('net_cifar.bright', [3, 32, 32], 10, mean=[0.9, 0.9, 0.9])
     stage('net.mine', [3, 224, 224], 1000)
     stage('other.mine', [3, 224, 224], 1000)
     assert tags().keys() == {'net_cifar', 'net'}
     assert tags()['net_cifar'][0] == 'untrained'
-    assert sorted(tags()['net_cifar']) == ['cifar100', 'digits', 'untrained']
+    assert sorted(tags()['net_cifar']) == ['bright', 'cifar100', 'digits', 'untrained']
     assert tags()['net'][0] == 'a_in1k'
     stage('net_cifar.cifar10', [3, 32, 32], 10)
     assert tags()['net_cifar'][0] == 'cifar10'

@@ -35,6 +35,9 @@ LAST = 'last.safetensors'
 FOREIGN = {'cache_dir', 'checkpoint_path', 'features_only', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 """Arguments of `timm.create_model` that are not the net's; a file from somewhere has no business with them."""
 
+DAMAGED = SafetensorError, UnpicklingError
+"""What reading a damaged file of weights raises."""
+
 UNKNOWN = dict.fromkeys(('tag', 'label_names', 'label_descriptions', 'description', 'origin_url'))
 """What the default cfg of a registered model says of its own weights, and not of others."""
 
@@ -146,10 +149,10 @@ class NamedNet:
             net = timm.create_model(self.name, pretrained=published, **{**self.arguments, **model_kwargs})
             if state is not None:
                 net.load_state_dict(state)
-        except (RuntimeError, TypeError, LookupError, AttributeError, AssertionError, UnpicklingError) as error:
+        except (*DAMAGED, RuntimeError, TypeError, LookupError, AttributeError, AssertionError) as error:
             # torch lists every parameter that does not fit, after a line that names the class.
             reason = shorten(' '.join(str(error).splitlines()[:2]), 300) or type(error).__name__
-            loading = net is not None or (published and isinstance(error, (RuntimeError, UnpicklingError)))
+            loading = net is not None or (published and isinstance(error, (*DAMAGED, RuntimeError)))
             if not loading:
                 raise ValueError(f'{self.name} can not be made with these arguments: {reason}') from error
             raise ValueError(
@@ -296,7 +299,7 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
         if all(isinstance(name, str) for name in state):
             return state
         reason = 'it holds no weights with names'
-    except (RuntimeError, TypeError, LookupError, AttributeError, EOFError, UnpicklingError, SafetensorError) as error:
+    except (*DAMAGED, RuntimeError, TypeError, LookupError, AttributeError, EOFError) as error:
         # The first sentence: some go on with how to load files that may run code.
         reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
     raise ValueError(f'{file} is not a checkpoint that can be read: {reason}')

@@ -81,7 +81,7 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
 def default_cfgs_of(cfgs: Mapping[str, Union[PretrainedCfg, dict[str, Any]]]) -> dict[str, DefaultCfg]:
     """timm's `generate_default_cfgs` of `cfgs` and of the checkpoint directories that the package has of these nets.
 
-    A net's default is timm's checkpoint if it has one, else our first of the net's own input and classes: a checkpoint
+    A net's default is timm's checkpoint if it has one, else our first of the net's own images and classes: a checkpoint
     for other data does not change what the bare name builds.
     """
     default = {split_model_name_tag(name)[0]: name for name in reversed(list(cfgs))}  # the first of each net
@@ -91,7 +91,7 @@ def default_cfgs_of(cfgs: Mapping[str, Union[PretrainedCfg, dict[str, Any]]]) ->
     for name, cfg in staged.items():
         net = split_model_name_tag(name)[0]
         first = entries[default[net]]
-        same = (cfg.num_classes, *cfg.input_size) == (first.num_classes, *first.input_size)
+        same = all(getattr(cfg, of) == getattr(first, of) for of in ('num_classes', 'input_size', 'mean', 'std'))
         if same and not first.has_weights:
             default[net] = name
     # timm takes a tag that ends in a star as the default, if no other with weights follows.
