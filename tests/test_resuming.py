@@ -15,7 +15,7 @@ from training import ONE_THREAD, train_args
 
 from timm_weighted_skip.cli import main
 from timm_weighted_skip.train import checkpoint as checkpoints
-from timm_weighted_skip.train import runs
+from timm_weighted_skip.train import runs, trainer
 from timm_weighted_skip.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -84,6 +84,12 @@ def test_a_run_that_went_on_elsewhere_names_both_devices(stopped_run, monkeypatc
     monkeypatch.setattr(runs.platform, 'processor', lambda: 'another')
     assert main(['train', '--resume', str(stopped_run)]) == 0
     assert json.loads((stopped_run / 'result.json').read_text())['device'] == 'one machine and another'
+
+
+def test_a_run_does_not_go_on_with_other_pixel_means(stopped_run, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, 'normalisation', lambda recipe, net, data: ((0.1,), (0.9,)))
+    assert main(['train', '--resume', str(stopped_run)]) == 1
+    assert 'began with other mean, std than the images and awm_resnet14_cifar have now' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', ['last.safetensors', 'model_best.safetensors'])

@@ -269,15 +269,14 @@ def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar:
         raise EpochStopped
 
 
-def _metadata(task: Run, trainer: Trainer) -> dict[str, str]:
+def _trained(task: Run, trainer: Trainer) -> Trained:
     """What the weights are of."""
-    batches, version = trainer.test_batches, timm_weighted_skip.__version__
+    batches = trainer.test_batches
     size = [len(trainer.mean), batches.height, batches.width]
     # Where the net started, as `pretrained_cfg_overlay` tells, is not what it is.
     kwargs = {name: value for name, value in task.recipe.model_kwargs.items() if name not in FOREIGN}
     classes = list(batches.classes)
-    trained = Trained(task.model, kwargs, classes, size, list(trainer.mean), list(trainer.std))
-    return {**trained.metadata(), 'epochs': str(trainer.position.epoch), 'timm_weighted_skip': version}
+    return Trained(task.model, kwargs, classes, size, list(trainer.mean), list(trainer.std))
 
 
 def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
@@ -286,7 +285,8 @@ def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> No
         weights['ema'] = trainer.ema.module.state_dict()
     kept = {name: book[name] for name in ('wall_time', 'devices', 'best', 'last') if name in book}
     state = {**trainer.state_dict(), 'book': kept, 'model': task.model, 'recipe': asdict(task.recipe)}
-    save_checkpoint(folder, weights, state, _metadata(task, trainer))
+    about = {'epochs': str(trainer.position.epoch), 'timm_weighted_skip': timm_weighted_skip.__version__}
+    save_checkpoint(folder, weights, state, {**_trained(task, trainer).metadata(), **about})
     _link(folder, trainer, book)
 
 
@@ -322,6 +322,14 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
         raise ValueError(
             f'the checkpoint in {folder} does not fit {task.model}: {str(error).splitlines()[0]}'
         ) from None
+    then, now = Trained.read(weights_file(folder, trainer.position.updates)), _trained(task, trainer)
+    changed = [of for of in ('classes', 'input_size', 'mean', 'std') if getattr(then, of) != getattr(now, of)]
+    if changed:
+        raise ValueError(
+            f'the run in {folder} began with other {", ".join(changed)} than the images and {task.model} have now '
+            f'({"; ".join(f"{getattr(then, of)}, not {getattr(now, of)}" for of in changed)}); '
+            'go on with the images and the default checkpoint that it began with'
+        )
     book.update(state['book'])
     if (folder / LOG).exists():
         lines = _json_of(folder / LOG, (folder / LOG).read_text().splitlines())
