@@ -18,6 +18,7 @@ from torch import nn
 from timm_weighted_skip.models.names import check_model_name
 
 __all__ = [
+    'DAMAGED',
     'FOREIGN',
     'LAST',
     'NamedNet',

@@ -15,7 +15,6 @@ from typing import Any, Optional
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
@@ -25,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.names import check_model_name
+from timm_weighted_skip.nets import DAMAGED
 from timm_weighted_skip.train.batches import Batches, mix_seed
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
@@ -70,7 +70,7 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
         net = timm.create_model(model, pretrained=pretrained, **shape, **model_kwargs)
         with torch.inference_mode():
             output = net.eval()(torch.zeros(1, *data.images.shape[1:]).permute(0, 3, 1, 2))
-    except (AssertionError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError) as error:
+    except (*DAMAGED, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         # Nets of a fixed or a smallest image size assert; the rest are arguments that are not the net's.
         raise ValueError(f'model {model!r}: {error}') from None
     if getattr(output, 'shape', None) != (1, len(data.classes)):
