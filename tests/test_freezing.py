@@ -147,6 +147,27 @@ def test_what_the_user_froze_stays_frozen():
         assert net.layer1[1].merge.gate.fc1.weight.requires_grad == (epoch == 1)
 
 
+def test_what_the_user_freezes_and_thaws_between_epochs_is_heeded():
+    net, freezing = make_net(), AlternateFreezing(1)
+    freezing(net, 0)
+    net.conv1.requires_grad_(False)
+    gates = net.layer1[0].merge.gate.requires_grad_(False)  # as it is in this phase anyway
+    for epoch in range(1, 3):
+        freezing(net, epoch)
+        assert not net.conv1.weight.requires_grad
+        assert gates.fc1.weight.requires_grad == (epoch == 1)
+    freezing(net, 3)
+    gates.requires_grad_(False)
+    freezing(net, 4)
+    net.conv1.requires_grad_(True)
+    freezing(net, 5)
+    assert not gates.fc1.weight.requires_grad
+    freezing.release(net)
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == [
+        f'layer1.0.merge.gate.{name}' for name, _ in gates.named_parameters()
+    ]
+
+
 @pytest.mark.parametrize('restore', [lambda f, m: f.release(m), lambda _, m: AlternateFreezing(0)(m, 0)])
 def test_a_net_is_released_as_it_was(restore):
     model = make_net()

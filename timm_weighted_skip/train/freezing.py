@@ -12,15 +12,21 @@ from timm_weighted_skip.layers import Gate, check_choice
 __all__ = ['AlternateFreezing', 'Phase']
 
 Phase = Literal['backbone', 'gates', 'joint']
-NOTE = '_before_freezing'
+NOTE = '_freezing'
 
 
-class _Before(NamedTuple):
-    """Names of a net's parameters that were not trained, and of its norms that moved, before it was first frozen.
+class _Note(NamedTuple):
+    """What a net keeps of its freezing, so that its copies have theirs.
 
-    The net keeps it, so that its copies have theirs. Names, as another parameter or norm can take the place of one.
+    Names, as another parameter or norm can take the place of one.
+
+    Attributes:
+        held: Parameters that the user does not want trained.
+        frozen: Parameters that were not trained after the last call; what differs at the next is the user's doing.
+        norms: Norms that moved before the first call.
     """
 
+    held: set[str]
     frozen: set[str]
     norms: set[str]
 
@@ -36,8 +42,8 @@ class AlternateFreezing:
     are frozen by then, for good). What a phase does not train is frozen to the bit: it needs no gradient, and its last
     gradient is dropped, so that neither momentum nor weight decay can move it and a gradient norm does not count it.
 
-    The first call with a net takes down what it lets be trained; what the user froze before stays frozen. `release`
-    makes the net again what it was. The phase depends on the epoch's number alone, so a resumed run lands in the right
+    What the user freezes, before the first call or between two, stays frozen until the user thaws it. `release` lets
+    all else be trained again. The phase depends on the epoch's number alone, so a resumed run lands in the right
     one.
 
     Args:
@@ -103,11 +109,9 @@ class AlternateFreezing:
             self.release(model)
             return phase
         net, gates = unwrap_model(model), _gates(model)
-        if NOTE not in vars(net):
-            vars(net)[NOTE] = _before(net)
-        before = vars(net)[NOTE]
+        note = _note(net)
         for name, parameter in net.named_parameters():
-            if name in before.frozen:
+            if name in note.held:
                 continue
             if parameter in gates:
                 trained = phase == 'gates'
@@ -118,20 +122,22 @@ class AlternateFreezing:
                 parameter.grad = None
         _have_guards_checked(net)
         # Not `norm.eval()`, which the next `model.train()` would undo, and which normalises by other numbers.
-        _set_tracking(net, before, phase == 'backbone' or not self.freeze_bn_stats)
+        _set_tracking(net, note, phase == 'backbone' or not self.freeze_bn_stats)
+        vars(net)[NOTE] = note._replace(frozen=_frozen(net))
         return phase
 
     def release(self, model: nn.Module) -> None:
-        """Let everything of `model` be trained that was before the first call with it."""
+        """Let everything of `model` be trained that the user did not freeze."""
         net = unwrap_model(model)
-        before = vars(net).pop(NOTE, None)
-        if before is None:
+        if NOTE not in vars(net):
             return
+        note = _note(net)
         for name, parameter in net.named_parameters():
-            if name not in before.frozen:
+            if name not in note.held:
                 parameter.requires_grad_(True)
         _have_guards_checked(net)
-        _set_tracking(net, before, True)
+        _set_tracking(net, note, True)
+        del vars(net)[NOTE]
 
 
 def _gates(model: nn.Module) -> set[nn.Parameter]:
@@ -151,16 +157,24 @@ def _gates(model: nn.Module) -> set[nn.Parameter]:
     return gates
 
 
-def _before(net: nn.Module) -> _Before:
-    return _Before(
-        frozen={name for name, parameter in net.named_parameters() if not parameter.requires_grad},
-        norms={name for name, module in net.named_modules() if getattr(module, 'track_running_stats', False)},
-    )
+def _frozen(net: nn.Module) -> set[str]:
+    return {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
 
 
-def _set_tracking(net: nn.Module, before: _Before, tracking: bool) -> None:
+def _note(net: nn.Module) -> _Note:
+    """The net's note, with what the user froze and thawed since the last call."""
+    frozen = _frozen(net)
+    note = vars(net).get(NOTE)
+    if note is None:
+        norms = {name for name, module in net.named_modules() if getattr(module, 'track_running_stats', False)}
+        return _Note(frozen, frozen, norms)
+    thawed = note.frozen - frozen
+    return note._replace(held=note.held - thawed | frozen - note.frozen)
+
+
+def _set_tracking(net: nn.Module, note: _Note, tracking: bool) -> None:
     for name, module in net.named_modules():
-        if name in before.norms:
+        if name in note.norms:
             module.track_running_stats = tracking  # type: ignore[assignment]
 
 
