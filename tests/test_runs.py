@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from timm_weighted_skip.cli import main
 from timm_weighted_skip.data import ImageSet, load_image_set
+from timm_weighted_skip.hub import save_checkpoint
+from timm_weighted_skip.nets import load_net
 from timm_weighted_skip.train.runs import evaluate_on, read_run
 
 
@@ -81,6 +83,21 @@ def test_weights_that_began_as_a_tags_go_by_their_models_name(tmp_path, capsys):
         assert main(['eval', model, *weights]) == 0
     assert main(['eval', 'resnet14_cifar', *weights]) == 1
     assert 'not of resnet14_cifar' in capsys.readouterr().err
+
+
+def test_a_net_that_began_as_a_folders_is_known_elsewhere_and_without_it(tmp_path, monkeypatch):
+    config = {'license': 'cc-by-nc-4.0'}
+    small = timm.create_model('awm_resnet14_cifar', hidden=8, pretrained_cfg_overlay=config)
+    save_checkpoint(small, tmp_path / 'from', model_args={'hidden': 8})
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path, '--model', 'local-dir:from', '--pretrained') == 0
+    (tmp_path / 'run' / 'result.json').unlink()
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir('elsewhere')
+    assert main(['train', '--resume', str(tmp_path / 'run')]) == 0
+    (tmp_path / 'from').rename(tmp_path / 'gone')
+    assert main(['eval', str(tmp_path / 'run'), '--data', 'digits']) == 0
+    assert load_net(str(tmp_path / 'run')).pretrained_cfg['license'] == 'cc-by-nc-4.0'
 
 
 def test_a_net_with_a_deep_stem_is_evaluated_and_read_too(tmp_path):

@@ -191,7 +191,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def write_net(args: argparse.Namespace, model, model_args: dict, as_it_is: bool = False) -> None:
     """Write what a verb of `add_source` made; what is known of a net `as_it_is` goes into the model card."""
-    from timm_weighted_skip.hub.config import Results, read_json
+    from timm_weighted_skip.files import read_json
+    from timm_weighted_skip.hub.config import Results
     from timm_weighted_skip.hub.save import save_checkpoint, save_weights
     from timm_weighted_skip.hub.source import known_results
 

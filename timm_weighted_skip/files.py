@@ -1,13 +1,16 @@
-"""Files that are there as a whole or, after a failure, as they were before."""
+"""Files that are written as a whole or, after a failure, are as they were; and JSON that is read with care."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
-__all__ = ['replacing', 'write_file']
+__all__ = ['read_json', 'replacing', 'write_file']
+
+MAX_JSON_BYTES = 10_000_000
 
 
 @contextmanager
@@ -43,3 +46,20 @@ def write_file(path: Path, content: Union[str, bytes]) -> None:
     """Write `content` to `path` as a whole or not at all, see `replacing`."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        ValueError: It is not one, or is beyond all measure.
+    """
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f'{file} has {file.stat().st_size:,} bytes; a config has at most {MAX_JSON_BYTES:,}')
+    try:
+        value = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{file} is not JSON: {error}') from None
+    if not isinstance(value, dict):
+        raise ValueError(f'{file} holds a {type(value).__name__}, not an object')
+    return value

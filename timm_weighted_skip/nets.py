@@ -12,9 +12,16 @@ from typing import Any, Optional, Union
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import get_pretrained_cfg_value, load_state_dict, parse_model_name, split_model_name_tag
+from timm.models import (
+    get_pretrained_cfg_value,
+    load_model_config_from_hf,
+    load_state_dict,
+    parse_model_name,
+    split_model_name_tag,
+)
 from torch import nn
 
+from timm_weighted_skip.files import read_json
 from timm_weighted_skip.models.names import check_model_name
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     'LAST',
     'NamedNet',
     'Trained',
+    'architecture',
     'check_classes',
     'check_input_size',
     'find_net',
@@ -53,6 +61,7 @@ class Trained:
         classes: Names of the classes.
         input_size: (C, H, W) of the images, which are trained on as they are.
         mean, std: Per channel, of pixels in [0, 1].
+        license: Of the weights that the training began with, if that is known.
     """
 
     model: str
@@ -61,6 +70,7 @@ class Trained:
     input_size: list[int]
     mean: list[float]
     std: list[float]
+    license: Optional[str] = None
 
     @classmethod
     def read(cls, file: Path) -> 'Trained':
@@ -75,13 +85,14 @@ class Trained:
         except SafetensorError as error:
             raise ValueError(f'{file} is not a whole safetensors file ({error})') from None
         names = {field.name for field in fields(cls)}
-        if missing := names - about.keys():
+        if missing := names - about.keys() - {'license'}:
             raise ValueError(
                 f'{file} does not say which model it is of (it lacks {", ".join(sorted(missing))}); give a folder that '
                 'has config.json, or the model and this file as --checkpoint'
             )
         try:
-            trained = cls(about['model'], **{name: json.loads(about[name]) for name in names - {'model'}})
+            told = {name: json.loads(about[name]) for name in names & about.keys() if name != 'model'}
+            trained = cls(about['model'], **told)
             channels, _, _ = trained.input_size
             fits = (
                 channels == len(trained.mean) == len(trained.std)
@@ -104,6 +115,7 @@ class Trained:
         shape = {'num_classes': len(self.classes), 'in_chans': self.input_size[0]}
         config = {
             **UNKNOWN,
+            **({'license': self.license} if self.license else {}),
             'num_classes': len(self.classes),
             'input_size': tuple(self.input_size),
             'crop_pct': 1.0,
@@ -192,7 +204,7 @@ def find_net(source: str, checkpoint: Optional[Union[str, Path]] = None) -> Name
         trained = Trained.read(checkpoint)
     except ValueError:  # another trainer's checkpoints say nothing of themselves, nor of their classes' names
         return replace(found, weights=checkpoint, arguments={'pretrained_cfg_overlay': UNKNOWN, **found.arguments})
-    if _architecture(found.name) not in (split_model_name_tag(trained.model)[0], None):
+    if architecture(found.name)[0] != split_model_name_tag(trained.model)[0]:
         raise ValueError(f'{checkpoint} is of {trained.model}, not of {source}; name {trained.model} with it')
     return _trained_net(trained, checkpoint)
 
@@ -205,12 +217,27 @@ def _trained_net(trained: Trained, file: Path) -> NamedNet:
     return NamedNet(trained.model, trained.arguments(), file)
 
 
-def _architecture(name: str) -> Optional[str]:
-    """The registered model of a net's name; None if only the Hub knows it."""
+def architecture(name: str) -> tuple[str, dict[str, Any]]:
+    """The registered model that a net's name stands for, without a tag, and the arguments that its config gives it.
+
+    Args:
+        name: What timm's `create_model` takes.
+
+    Raises:
+        ValueError: The config of a folder names no model.
+        OSError: There is no such folder or repository.
+    """
     where, model_id = parse_model_name(name)
-    if where == 'local-dir':
-        return json.loads((Path(model_id) / 'config.json').read_text(encoding='utf-8')).get('architecture')
-    return None if where else split_model_name_tag(model_id)[0]
+    if not where:
+        return split_model_name_tag(model_id)[0], {}
+    if where != 'local-dir':
+        _, model, arguments = load_model_config_from_hf(model_id)
+        return model, arguments
+    file = Path(model_id) / 'config.json'
+    config = read_json(file)
+    if 'architecture' not in config:
+        raise ValueError(f'{file} names no architecture; give the folder of a checkpoint')
+    return config['architecture'], config.get('model_args', {})
 
 
 def _find(source: str) -> NamedNet:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from timm_weighted_skip.costs import count_costs
+from timm_weighted_skip.files import read_json
 from timm_weighted_skip.hub.checkpoint import build_net
-from timm_weighted_skip.hub.config import Results, accuracy, read_json
+from timm_weighted_skip.hub.config import Results, accuracy
 
 __all__ = ['model_card']
 

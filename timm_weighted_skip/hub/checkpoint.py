@@ -8,7 +8,8 @@ import torch
 from timm.models import is_model
 from torch import nn
 
-from timm_weighted_skip.hub.config import FILES, SAMPLE, Results, one_line, read_json
+from timm_weighted_skip.files import read_json
+from timm_weighted_skip.hub.config import FILES, SAMPLE, Results, one_line
 from timm_weighted_skip.hub.weights import is_pickle, read_weights
 from timm_weighted_skip.nets import FOREIGN
 

@@ -1,10 +1,8 @@
 """What a checkpoint directory says of its net: timm's `config.json`, and in it the training and what it measured."""
 
-import json
 import math
 import statistics
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Optional
 
 from timm.models import filter_pretrained_cfg, is_model
@@ -13,14 +11,12 @@ from torch import nn
 from timm_weighted_skip.layers import is_finite_number
 from timm_weighted_skip.nets import input_channels
 
-__all__ = ['FILES', 'SAMPLE', 'Results', 'args_beside_weights', 'model_config', 'one_line', 'read_json']
+__all__ = ['FILES', 'SAMPLE', 'Results', 'args_beside_weights', 'model_config', 'one_line']
 
 # In a folder of its own: some versions of timm can't choose between two safetensors files side by side.
 SAMPLE = 'sample/logits.safetensors'
 FILES = ('README.md', 'config.json', 'model.safetensors', SAMPLE)
 """The files of a checkpoint directory. The sample is an input and the logits that the net gave for it."""
-
-MAX_JSON_BYTES = 10_000_000
 
 DATASETS = {  # of `weighted-skip train`: name, id on the Hub
     'cifar10': ('CIFAR-10', 'uoft-cs/cifar10'),
@@ -197,20 +193,3 @@ def model_config(
 def one_line(error: BaseException) -> str:
     """The text of an error without its line breaks."""
     return ' '.join(str(error).split())
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`.
-
-    Raises:
-        ValueError: It is not one, or is beyond all measure.
-    """
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f'{file} has {file.stat().st_size:,} bytes; a config has at most {MAX_JSON_BYTES:,}')
-    try:
-        value = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{file} is not JSON: {error}') from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{file} holds a {type(value).__name__}, not an object')
-    return value

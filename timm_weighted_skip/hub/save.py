@@ -13,10 +13,10 @@ from timm.utils import unwrap_model
 from torch import nn
 
 import timm_weighted_skip
-from timm_weighted_skip.files import write_file
+from timm_weighted_skip.files import read_json, write_file
 from timm_weighted_skip.hub.card import model_card
 from timm_weighted_skip.hub.checkpoint import validate_checkpoint
-from timm_weighted_skip.hub.config import SAMPLE, Results, model_config, read_json
+from timm_weighted_skip.hub.config import SAMPLE, Results, model_config
 from timm_weighted_skip.hub.weights import write_weights
 from timm_weighted_skip.models.pretrained import HUB_OWNER
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from timm.models import load_model_config_from_hf, parse_model_name
 from torch import nn
 
-from timm_weighted_skip.hub.config import Results, read_json
-from timm_weighted_skip.nets import FOREIGN, LAST, find_net
+from timm_weighted_skip.files import read_json
+from timm_weighted_skip.hub.config import Results
+from timm_weighted_skip.nets import FOREIGN, LAST, architecture, find_net
 
 __all__ = ['known_results', 'load_net_and_args']
 
@@ -27,11 +27,7 @@ def load_net_and_args(
     """
     found = find_net(source, checkpoint)
     model = found.load(model_kwargs, need_weights=True)
-    where, model_id = parse_model_name(found.name)
-    if where == 'local-dir':
-        stored = read_json(Path(model_id) / 'config.json').get('model_args', {})
-    else:
-        stored = load_model_config_from_hf(model_id)[2] if where else {}
+    _, stored = architecture(found.name)
     args = {**stored, **found.arguments, **(model_kwargs or {})}
     return model, {k: v for k, v in args.items() if k not in {'num_classes', 'in_chans', *FOREIGN}}
 

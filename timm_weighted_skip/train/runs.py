@@ -22,6 +22,7 @@ import timm
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from timm.models import parse_model_name
 from timm.utils import random_seed
 from torch import nn
 from tqdm import tqdm
@@ -31,7 +32,15 @@ from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import check_count
-from timm_weighted_skip.nets import FOREIGN, LAST, Trained, check_classes, check_input_size, input_channels
+from timm_weighted_skip.nets import (
+    FOREIGN,
+    LAST,
+    Trained,
+    architecture,
+    check_classes,
+    check_input_size,
+    input_channels,
+)
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
@@ -98,9 +107,12 @@ def task_of(args: argparse.Namespace) -> tuple[Run, list[int], Path]:
     repeated = {seed for seed in args.seeds or () if args.seeds.count(seed) > 1}
     if repeated:
         raise ValueError(f'--seeds has {", ".join(map(str, repeated))} more than once; give each seed once')
-    data_dir = args.data_dir and str(Path(args.data_dir).absolute())  # the run may go on from elsewhere
-    task = Run(args.model, args.data, data_dir, args.download, args.pretrained, args.device, args.recipe, recipe)
-    experiment = args.experiment or '-'.join(filter(None, (args.model, args.data, name)))
+    # The run may go on from elsewhere.
+    data_dir = args.data_dir and str(Path(args.data_dir).absolute())
+    where, model = parse_model_name(args.model)
+    source = f'{where}:{Path(model).absolute()}' if where == 'local-dir' else args.model
+    task = Run(source, args.data, data_dir, args.download, args.pretrained, args.device, args.recipe, recipe)
+    experiment = args.experiment or '-'.join(filter(None, (Path(model).name, args.data, name)))
     return task, args.seeds or [recipe.seed], Path(args.output) / experiment
 
 
@@ -273,10 +285,12 @@ def _trained(task: Run, trainer: Trainer) -> Trained:
     """What the weights are of."""
     batches = trainer.test_batches
     size = [len(trainer.mean), batches.height, batches.width]
-    # Where the net started, as `pretrained_cfg_overlay` tells, is not what it is.
-    kwargs = {name: value for name, value in task.recipe.model_kwargs.items() if name not in FOREIGN}
-    classes = list(batches.classes)
-    return Trained(task.model, kwargs, classes, size, list(trainer.mean), list(trainer.std))
+    model, arguments = architecture(task.model)
+    # Where the net started, as `pretrained_cfg_overlay` and a tag or a folder's name tell, is not what it is.
+    kwargs = {name: value for name, value in {**arguments, **task.recipe.model_kwargs}.items() if name not in FOREIGN}
+    config: Any = trainer.net.pretrained_cfg
+    mean, std = list(trainer.mean), list(trainer.std)
+    return Trained(model, kwargs, list(batches.classes), size, mean, std, config.get('license'))
 
 
 def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
@@ -286,7 +300,7 @@ def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> No
     kept = {name: book[name] for name in ('wall_time', 'devices', 'best', 'last') if name in book}
     state = {**trainer.state_dict(), 'book': kept, 'model': task.model, 'recipe': asdict(task.recipe)}
     about = {'epochs': str(trainer.position.epoch), 'timm_weighted_skip': timm_weighted_skip.__version__}
-    save_checkpoint(folder, weights, state, {**_trained(task, trainer).metadata(), **about})
+    save_checkpoint(folder, weights, state, {**book['trained'].metadata(), **about})
     _link(folder, trainer, book)
 
 
@@ -300,7 +314,8 @@ def _link(folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
 
 def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Bring `trainer` to the folder's newest checkpoint, if there is one; returns the run's bookkeeping."""
-    book: dict[str, Any] = {'log': [], 'wall_time': 0.0, 'devices': []}
+    now = _trained(task, trainer)
+    book: dict[str, Any] = {'log': [], 'wall_time': 0.0, 'devices': [], 'trained': now}
     checkpoint = read_checkpoint(folder, ['', 'ema'] if trainer.ema else [''])
     if checkpoint is None:
         return book
@@ -322,7 +337,7 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
         raise ValueError(
             f'the checkpoint in {folder} does not fit {task.model}: {str(error).splitlines()[0]}'
         ) from None
-    then, now = Trained.read(weights_file(folder, trainer.position.updates)), _trained(task, trainer)
+    then = Trained.read(weights_file(folder, trainer.position.updates))
     changed = [of for of in ('classes', 'input_size', 'mean', 'std') if getattr(then, of) != getattr(now, of)]
     if changed:
         raise ValueError(
