@@ -25,7 +25,7 @@ from timm_weighted_skip.analysis.tables import Result, Table, require
 from timm_weighted_skip.analysis.variance import group_variance
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.hub import Results, save_checkpoint, update_results
-from timm_weighted_skip.hub.source import load_net_and_args
+from timm_weighted_skip.hub.source import known_results, load_net_and_args
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -234,8 +234,8 @@ class Report:
             if result is None:
                 continue
             where = f'{result["device"]}, {result["threads"]} threads, torch {result["versions"]["torch"]}'
-            minutes, speed = f'{result["wall_time"] / 60:.1f}', f'{result["images_per_second"]:.0f}'
-            rows.append([job.name, minutes, speed, where, str(result['commit'])[:9]])
+            speed = '-' if result['images_per_second'] is None else f'{result["images_per_second"]:.0f}'
+            rows.append([job.name, f'{result["wall_time"] / 60:.1f}', speed, where, str(result['commit'])[:9]])
         finished = f'{len(rows)} of {len(jobs)} runs of the manifest are finished; the tables above tell which.'
         return f'{finished}\n\n{markdown(["run", "minutes", "images/s", "device", "commit"], rows)}'
 
@@ -337,10 +337,11 @@ def write_checkpoints(manifest: Manifest, runs: Path, root: Path) -> None:
             if not run.checkpoint or run.seeds[0] not in results:
                 continue
             if folder.exists():
-                there = json.loads((folder / 'config.json').read_text()).get('results', {}).get('recipe')
+                there = known_results(str(folder))
                 measured = results_of(manifest, run, results)
-                if there != measured.recipe:
-                    raise ValueError(f'{folder} is of `{there}`, not of `{measured.recipe}`; remove it first')
+                if there is None or there.recipe != measured.recipe:
+                    of = 'no known run' if there is None else there.recipe
+                    raise ValueError(f'{folder} is of {of}, not of {measured.recipe}; remove it first')
                 update_results(folder, measured)
                 continue
             model, model_args = load_net_and_args(str(runs / Job(run, run.seeds[0]).name))
