@@ -34,7 +34,9 @@ def save_checkpoint(
     It is written beside its place, validated, and then moved there, so that a directory is whole or absent.
 
     Args:
-        model: A net of `timm.create_model` or of `timm_weighted_skip.convert` whose architecture is registered.
+        model: A net of `timm.create_model` or of `timm_weighted_skip.convert` whose architecture is registered. Its
+            `pretrained_cfg` tells names of classes, pixel means and license, in a new net those of the default
+            checkpoint of its name: a net of other images is made with them as `pretrained_cfg_overlay`.
         folder: Directory to make; its name is that of the repository, `<model>.<tag>` by custom.
         results: How the net was trained and what was measured; without them the card says that nothing was.
         model_args: Arguments that the net was made with, beside number of classes and input channels.
