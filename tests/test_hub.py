@@ -116,6 +116,13 @@ def test_a_net_without_a_registered_name_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_net_of_features_only_is_refused(tmp_path):
+    net = timm.create_model(NAME.partition('.')[0], features_only=True)
+    with pytest.raises(ValueError, match='FeatureListNet is no classifier'):
+        save_checkpoint(net, tmp_path / 'no')
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_is_there_stays(folder):
     before = {file: file.read_bytes() for file in folder.rglob('*.*')}
     with pytest.raises(FileExistsError, match='exists'):

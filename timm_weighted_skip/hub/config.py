@@ -156,8 +156,11 @@ def model_config(
         results: Goes into the config, where timm lets it be.
 
     Raises:
-        ValueError: The architecture is not registered, as of `to_awm` of a net whose AWM form has no name.
+        ValueError: The architecture is not registered, as of `to_awm` of a net whose AWM form has no name; or `model`
+            is another module, such as a net of features only.
     """
+    if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'num_classes'):
+        raise ValueError(f'{type(model).__name__} is no classifier of timm; give a net of create_model as a whole')
     cfg = {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'}  # type: ignore[union-attr, operator]
     cfg = filter_pretrained_cfg(cfg, remove_source=True, remove_null=True)
     architecture = cfg.pop('architecture')
