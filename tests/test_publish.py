@@ -1,5 +1,6 @@
 """Publishing, through the real client, to a stand-in for the Hub."""
 
+import json
 import shutil
 import socket
 import time
@@ -267,6 +268,20 @@ import sys, time, timm, timm_weighted_skip
 time.sleep = lambda seconds: None
 timm.create_model(sys.argv[1], pretrained=True)
 """
+
+
+MAIN = 'import sys; from timm_weighted_skip.cli import main; sys.exit(main(sys.argv[1:]))'
+
+
+def test_a_run_that_began_with_published_weights_needs_the_hub_no_more(hub, folder, tmp_path):
+    publish(folder, REPO, token=TOKEN)
+    options = ('--model', f'hf-hub:{REPO}', '--pretrained', '--data', 'digits', '--epochs', 1, '--output', tmp_path)
+    env = {'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path / 'cache')}
+    new_process(MAIN, 'train', *options, **env)
+    run = tmp_path / f'{REPO.partition("/")[2]}-digits'
+    offline = {'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'empty')}
+    measured = json.loads(new_process(MAIN, 'eval', run, '--data', 'digits', **offline))
+    assert measured['top1'] == pytest.approx(json.loads((run / 'result.json').read_text())['last']['top1'])
 
 
 def test_truncated_download_leaves_no_file(hub, folder, tmp_path):
