@@ -43,8 +43,7 @@ class AlternateFreezing:
     gradient is dropped, so that neither momentum nor weight decay can move it and a gradient norm does not count it.
 
     What the user freezes, before the first call or between two, stays frozen until the user thaws it. `release` lets
-    all else be trained again. The phase depends on the epoch's number alone, so a resumed run lands in the right
-    one.
+    all else be trained again. The phase depends on the epoch's number alone, so a resumed run lands in the right one.
 
     Args:
         period: Epochs per phase; 0 trains both together. The paper's best is 3.
