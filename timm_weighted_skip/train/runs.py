@@ -12,7 +12,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import timm_weighted_skip
 from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import ImageSet, load_image_set
-from timm_weighted_skip.files import write_file
+from timm_weighted_skip.files import read_json, write_file
 from timm_weighted_skip.layers import check_count
 from timm_weighted_skip.nets import (
     FOREIGN,
@@ -209,8 +209,7 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
         KeyboardInterrupt: The run was stopped; its state is saved.
     """
     if (folder / RESULT).exists():
-        (result,) = _json_of(folder / RESULT, [(folder / RESULT).read_text()])
-        return result
+        return read_json(folder / RESULT)
     recipe = task.recipe
     train = load_image_set(task.data, True, task.data_dir, task.download)
     test = load_image_set(task.data, False, task.data_dir, task.download)
@@ -347,21 +346,13 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
         )
     book.update(state['book'])
     if (folder / LOG).exists():
-        lines = _json_of(folder / LOG, (folder / LOG).read_text().splitlines())
         try:
+            lines = [json.loads(text) for text in (folder / LOG).read_text().splitlines()]
             book['log'] = [line for line in lines if line['epoch'] < trainer.position.epoch]
-        except (TypeError, LookupError):
-            raise ValueError(f'{folder / LOG} is damaged: a line is no epoch') from None
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f'{folder / LOG} is damaged: a line is no epoch ({error})') from None
     _link(folder, trainer, book)  # which a kill may have forestalled
     return book
-
-
-def _json_of(file: Path, texts: Sequence[str]) -> list[Any]:
-    """What the texts of a run's file say."""
-    try:
-        return [json.loads(text) for text in texts]
-    except ValueError as error:
-        raise ValueError(f'{file} is damaged: {error}') from None
 
 
 def command_of(task: Run) -> str:
