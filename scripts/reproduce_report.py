@@ -233,7 +233,10 @@ class Report:
             result = self.manifest.result(job)
             if result is None:
                 continue
-            where = f'{result["device"]}, {result["threads"]} threads, torch {result["versions"]["torch"]}'
+            where = '; then '.join(
+                f'{machine["device"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}'
+                for machine in (*result.get('earlier', ()), result)
+            )
             speed = '-' if result['images_per_second'] is None else f'{result["images_per_second"]:.0f}'
             rows.append([job.name, f'{result["wall_time"] / 60:.1f}', speed, where, str(result['commit'])[:9]])
         finished = f'{len(rows)} of {len(jobs)} runs of the manifest are finished; the tables above tell which.'

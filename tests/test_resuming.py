@@ -80,10 +80,22 @@ def test_ctrl_c_while_testing_keeps_the_epoch(stopped_run):
     assert len((stopped_run / 'log.jsonl').read_text().splitlines()) == 1
 
 
-def test_a_run_that_went_on_elsewhere_names_both_devices(stopped_run, monkeypatch):
+def test_a_run_that_went_on_elsewhere_tells_what_trained_which_epochs(stopped_run, monkeypatch):
     monkeypatch.setattr(runs.platform, 'processor', lambda: 'another')
     assert main(['train', '--resume', str(stopped_run)]) == 0
-    assert json.loads((stopped_run / 'result.json').read_text())['device'] == 'one machine and another'
+    result = json.loads((stopped_run / 'result.json').read_text())
+    assert (result['device'], result['from_epoch']) == ('another', 1)
+    (earlier,) = result['earlier']
+    assert (earlier['device'], earlier['from_epoch']) == ('one machine', 0)
+    same = earlier.keys() - {'device', 'from_epoch'}
+    assert {name: earlier[name] for name in same} == {name: result[name] for name in same}
+
+
+def test_a_run_that_went_on_where_it_was_tells_of_one_machine(stopped_run, monkeypatch):
+    monkeypatch.setattr(runs.platform, 'processor', lambda: 'one machine')
+    assert main(['train', '--resume', str(stopped_run)]) == 0
+    result = json.loads((stopped_run / 'result.json').read_text())
+    assert (result['device'], result['from_epoch'], result['earlier']) == ('one machine', 0, [])
 
 
 def test_a_run_does_not_go_on_with_other_pixel_means(stopped_run, monkeypatch, capsys):

@@ -222,7 +222,7 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
         begins = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
         print(f'no epoch of {trainer.epochs} trains the gates: {begins}', file=sys.stderr)
     book = _resume(task, folder, trainer)
-    book['devices'] = [*dict.fromkeys([*book['devices'], _device_name(trainer.device)])]
+    _note_machine(trainer, book['machines'])
     with tqdm(
         total=trainer.epochs * trainer.updates_per_epoch * recipe.grad_accum_steps * recipe.batch_size,
         initial=trainer.position.updates * recipe.grad_accum_steps * recipe.batch_size,
@@ -240,8 +240,24 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
     return _finish(task, folder, trainer, book, analysis)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or 'cpu'
+def _note_machine(trainer: Trainer, machines: list[dict[str, Any]]) -> None:
+    """Add what trains from here on, and from which epoch, unless it is what trained so far."""
+    on_gpu = trainer.device.type == 'cuda'
+    machine = {
+        'device': torch.cuda.get_device_name(trainer.device) if on_gpu else platform.processor() or 'cpu',
+        'threads': torch.get_num_threads(),
+        'compiled': bool(trainer.compiled),
+        'amp': bool(trainer.amp),
+        'versions': {
+            'timm_weighted_skip': timm_weighted_skip.__version__,
+            'timm': timm.__version__,
+            'torch': str(torch.__version__),  # a class of torch's own, which no checkpoint may hold
+            'python': platform.python_version(),
+        },
+        'commit': package_commit(),
+    }
+    if not machines or machines[-1] != {**machine, 'from_epoch': machines[-1]['from_epoch']}:
+        machines.append({**machine, 'from_epoch': trainer.position.epoch})
 
 
 def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar: tqdm) -> None:
@@ -296,7 +312,7 @@ def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> No
     weights = {'': trainer.net.state_dict()}
     if trainer.ema:
         weights['ema'] = trainer.ema.module.state_dict()
-    kept = {name: book[name] for name in ('wall_time', 'devices', 'best', 'last') if name in book}
+    kept = {name: book[name] for name in ('wall_time', 'machines', 'best', 'last') if name in book}
     state = {**trainer.state_dict(), 'book': kept, 'model': task.model, 'recipe': asdict(task.recipe)}
     about = {'epochs': str(trainer.position.epoch), 'timm_weighted_skip': timm_weighted_skip.__version__}
     save_checkpoint(folder, weights, state, {**book['trained'].metadata(), **about})
@@ -314,7 +330,7 @@ def _link(folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
 def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Bring `trainer` to the folder's newest checkpoint, if there is one; returns the run's bookkeeping."""
     now = _trained(task, trainer)
-    book: dict[str, Any] = {'log': [], 'wall_time': 0.0, 'devices': [], 'trained': now}
+    book: dict[str, Any] = {'log': [], 'wall_time': 0.0, 'machines': [], 'trained': now}
     checkpoint = read_checkpoint(folder, ['', 'ema'] if trainer.ema else [''])
     if checkpoint is None:
         return book
@@ -367,6 +383,7 @@ def command_of(task: Run) -> str:
 
 def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], analysis: Optional[Analysis]) -> dict:
     speeds = [line['images_per_second'] for line in book['log'] if line['images_per_second']]
+    *earlier, machine = book['machines']
     result = {
         'model': task.model,
         'data': task.data,
@@ -382,17 +399,8 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
         'recipe': asdict(task.recipe),
         'mean': trainer.mean,
         'std': trainer.std,
-        'device': ' and '.join(book['devices']),
-        'threads': torch.get_num_threads(),
-        'compiled': bool(trainer.compiled),
-        'amp': bool(trainer.amp),
-        'versions': {
-            'timm_weighted_skip': timm_weighted_skip.__version__,
-            'timm': timm.__version__,
-            'torch': torch.__version__,
-            'python': platform.python_version(),
-        },
-        'commit': package_commit(),
+        **machine,
+        'earlier': earlier,
     }
     if analysis is not None:
         with suppress(ValueError):  # a plain net has no weights to tell of
