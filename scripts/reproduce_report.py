@@ -233,12 +233,12 @@ class Report:
             result = self.manifest.result(job)
             if result is None:
                 continue
-            where = '; then '.join(
-                f'{machine["device"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}'
-                for machine in (*result.get('earlier', ()), result)
-            )
+            machines = (*result.get('earlier', ()), result)  # some may differ in what is not told here
+            devices = [f'{m["device"]}, {m["threads"]} threads, torch {m["versions"]["torch"]}' for m in machines]
+            where = '; then '.join(dict.fromkeys(devices))
+            commit = ' then '.join(dict.fromkeys(str(m['commit'])[:9] for m in machines))
             speed = '-' if result['images_per_second'] is None else f'{result["images_per_second"]:.0f}'
-            rows.append([job.name, f'{result["wall_time"] / 60:.1f}', speed, where, str(result['commit'])[:9]])
+            rows.append([job.name, f'{result["wall_time"] / 60:.1f}', speed, where, commit])
         finished = f'{len(rows)} of {len(jobs)} runs of the manifest are finished; the tables above tell which.'
         return f'{finished}\n\n{markdown(["run", "minutes", "images/s", "device", "commit"], rows)}'
 

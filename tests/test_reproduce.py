@@ -331,6 +331,21 @@ def test_the_report_is_that_of_the_results(modules, tmp_path):
     assert modules[1].checkpoint_table(SCRIPTS.parent / 'hub_cards') in readme
 
 
+def test_the_report_tells_what_a_run_was_trained_on_in_turn(modules, monkeypatch):
+    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
+    first = next(manifest.jobs())
+    result = manifest.result(first)
+    machine = {name: result[name] for name in ('threads', 'versions')}
+    on_gpu = {**machine, 'device': 'a GPU', 'commit': 'a' * 40}
+    updated = {**on_gpu, 'commit': 'b' * 40}
+    on_cpu = {**result, **machine, 'device': 'a CPU', 'commit': 'b' * 40, 'earlier': [on_gpu, updated]}
+    monkeypatch.setattr(modules[0].Manifest, 'jobs', lambda self: [first])
+    monkeypatch.setattr(modules[0].Manifest, 'result', lambda self, job: on_cpu)
+    how = f'{machine["threads"]} threads, torch {machine["versions"]["torch"]}'
+    text = modules[1].Report(manifest).runs()
+    assert f'| a GPU, {how}; then a CPU, {how} | {"a" * 9} then {"b" * 9} |' in text
+
+
 def test_checkpoints_of_the_manifest_are_registered(modules):
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
     for experiment in manifest.experiments.values():
