@@ -90,7 +90,7 @@ def test_under_checkpointing():
 
 
 def test_under_compile():
-    net, compiled, aot_eager = make_net(), [], torch._dynamo.lookup_backend('aot_eager')
+    net, compiled, aot_eager = make_net(layers=(1, 1, 1)), [], torch._dynamo.lookup_backend('aot_eager')
     model = torch.compile(net, backend=lambda graph, inputs: compiled.append(graph) or aot_eager(graph, inputs))
     assert_alternates(net, model, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(4))
     assert len(compiled) == 2  # once for each phase
