@@ -1,4 +1,7 @@
-"""The net that a user names, with its weights: a registered model, a folder, a Hub repository or a training run."""
+"""The net that a user names, with its weights: a registered model, a folder, a Hub repository or a training run.
+
+And what checks that device, images and classes fit it.
+"""
 
 import json
 import sys
@@ -32,6 +35,7 @@ __all__ = [
     'Trained',
     'architecture',
     'check_classes',
+    'check_device',
     'check_input_size',
     'find_net',
     'input_channels',
@@ -286,6 +290,22 @@ def load_net(
 def input_channels(net: nn.Module) -> int:
     """Channels of the images that a net takes; its config's `first_conv` may name a stem of several."""
     return next(module for module in net.modules() if isinstance(module, nn.Conv2d)).in_channels
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: torch has none.
+    """
+    try:
+        empty = torch.empty(0, device=device)
+        empty.cpu()  # which "meta" can't
+        return empty.device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f'device {device!r} is not to be had ({str(error).splitlines()[0]}); give cpu or cuda'
+        ) from None
 
 
 def check_input_size(net: nn.Module, height: int, width: int) -> None:

@@ -19,8 +19,7 @@ from timm_weighted_skip.analysis.tables import Result, require
 from timm_weighted_skip.analysis.units import gates, mapping_units
 from timm_weighted_skip.analysis.variance import group_variance
 from timm_weighted_skip.files import write_file
-from timm_weighted_skip.nets import load_net
-from timm_weighted_skip.train.trainer import check_device
+from timm_weighted_skip.nets import check_device, load_net
 
 __all__ = [
     'curve_result',

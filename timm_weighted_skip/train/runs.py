@@ -38,13 +38,14 @@ from timm_weighted_skip.nets import (
     Trained,
     architecture,
     check_classes,
+    check_device,
     check_input_size,
     input_channels,
 )
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
-from timm_weighted_skip.train.trainer import EpochStopped, Trainer, check_device, evaluate, make_net, stop_signals
+from timm_weighted_skip.train.trainer import EpochStopped, Trainer, evaluate, make_net, stop_signals
 
 __all__ = [
     'Run',

@@ -24,12 +24,12 @@ from torch.nn.functional import cross_entropy
 
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.names import check_model_name
-from timm_weighted_skip.nets import DAMAGED
+from timm_weighted_skip.nets import DAMAGED, check_device
 from timm_weighted_skip.train.batches import Batches, mix_seed
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 
-__all__ = ['EpochStopped', 'Trainer', 'check_device', 'evaluate', 'make_net', 'normalisation', 'stop_signals']
+__all__ = ['EpochStopped', 'Trainer', 'evaluate', 'make_net', 'normalisation', 'stop_signals']
 
 # Images that a run must process for torch.compile to win back on a CPU the minutes that it takes to compile.
 IMAGES_WORTH_COMPILING = 500_000
@@ -37,22 +37,6 @@ IMAGES_WORTH_COMPILING = 500_000
 
 class EpochStopped(KeyboardInterrupt):
     """An epoch was stopped by a signal, between two updates."""
-
-
-def check_device(device: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: torch has none.
-    """
-    try:
-        empty = torch.empty(0, device=device)
-        empty.cpu()  # which "meta" can't
-        return empty.device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f'device {device!r} is not to be had ({str(error).splitlines()[0]}); give cpu or cuda'
-        ) from None
 
 
 def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwargs: Any) -> nn.Module:
