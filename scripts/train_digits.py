@@ -8,10 +8,10 @@ baseline; the weights are those of seed 0. A few minutes on a CPU.
 """
 
 import argparse
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.hub import Results, save_checkpoint
 from timm_weighted_skip.quickstart import MODELS, train_digits
 
@@ -24,8 +24,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.exists():
         parser.error(f'{args.output} exists; remove it first')
-    git = ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD']
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = package_commit()
     if not commit:
         parser.error('a checkpoint says which commit made it; run this in a git checkout')
 

@@ -1,4 +1,4 @@
-"""The quickstart: a small AWM net against its plain baseline on scikit-learn's handwritten digits, in about a minute.
+"""The quickstart: a small AWM net against its plain baseline on scikit-learn's handwritten digits.
 
 Both nets see the same images for the same number of epochs; the AWM net trains backbone and gates in turn.
 """
