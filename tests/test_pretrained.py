@@ -244,6 +244,30 @@ def test_wheel_takes_small_weights_and_every_config(tmp_path):
     assert not included['editable']
 
 
+@pytest.mark.parametrize(('name', 'scale'), [('awm_resnet14_cifar', 1.0), ('awm_densenet22_bc_cifar', 'paper')])
+def test_gates_of_another_scale_are_not_put_behind_a_plain_nets_weights(name, scale, tmp_path):
+    plain = timm.create_model(name.removeprefix('awm_'), pretrained=False)
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    source = {'pretrained': True, 'pretrained_cfg_overlay': {'file': str(tmp_path / 'plain.safetensors')}}
+    timm.create_model(name, **source)
+    with pytest.raises(ValueError, match=r'scale=1 over \d paths is not the net of these weights.*; leave scale out'):
+        timm.create_model(name, **source, scale=scale)
+
+
+@pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'awm_densenet22_bc_cifar'])
+@pytest.mark.parametrize('source', [{'hf_hub_id': 'me/mine'}, {'url': 'https://example.org/mine.safetensors'}])
+def test_a_source_that_the_user_names_comes_before_our_own_file(name, source, monkeypatch):
+    assert timm.get_pretrained_cfg(name).file
+    asked = []
+
+    def load(model, pretrained_cfg, **_):
+        asked.append({key: pretrained_cfg.get(key) for key in ('file', 'hf_hub_id', 'url')})
+
+    monkeypatch.setattr(timm.models._builder, 'load_pretrained', load)
+    timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
+    assert asked == [{'file': None, 'hf_hub_id': None, 'url': None, **source}]
+
+
 def test_a_fixed_weight_is_not_overwritten_by_a_plain_nets(tmp_path):
     plain = timm.create_model('resnet14_cifar', pretrained=False)
     safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')

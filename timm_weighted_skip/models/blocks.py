@@ -11,7 +11,7 @@ from torch import nn
 from timm_weighted_skip.fused import can_fuse
 from timm_weighted_skip.fused_norm import can_fuse_norm
 from timm_weighted_skip.layers import check_count, why_not_shared
-from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
+from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, pretrained_source
 
 __all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet']
 
@@ -178,7 +178,7 @@ def build_resnet(
 ) -> WeightedResNet:
     """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
     if pretrained:
-        require_checkpoint(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        kwargs = pretrained_source(variant, kwargs)
     return build_model_with_cfg(
         model_cls,
         variant,

@@ -12,7 +12,7 @@ from torch import nn
 from timm_weighted_skip.fused_concat import DenseFeatures, can_buffer, can_read, read
 from timm_weighted_skip.layers import ActiveWeightedConcat, check_count
 from timm_weighted_skip.models.blocks import ChecksInputSize
-from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, require_checkpoint
+from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, pretrained_source
 
 __all__ = ['WeightedDenseLayer', 'WeightedDenseNet', 'build_densenet', 'weigh_connections']
 
@@ -124,8 +124,9 @@ class WeightedDenseNet(ChecksInputSize, DenseNet):
     def _layout_changed(self) -> None:
         """Recompute what depends on `features` and `feature_info`."""
         names = [name for name, _ in self.features.named_children()]
-        # timm's forward_intermediates finds its features by their positions.
-        self.feature_ends = [names.index(info['module'].split('.', 1)[1]) for info in self.feature_info]
+        taps = [info['module'].split('.', 1)[1] for info in self.feature_info]
+        # timm's forward_intermediates finds its features by their positions. Pruning leaves `feature_info` as it was.
+        self.feature_ends = [names.index(tap) for tap in taps if tap in names]
         self.min_input_size = self.feature_info[-1]['reduction']
 
 
@@ -139,7 +140,7 @@ def _filter(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, 
 def build_densenet(model_cls: type[WeightedDenseNet], variant: str, pretrained: bool, **kwargs) -> WeightedDenseNet:
     """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
     if pretrained:
-        require_checkpoint(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        kwargs = pretrained_source(variant, kwargs)
     return build_model_with_cfg(
         model_cls,
         variant,

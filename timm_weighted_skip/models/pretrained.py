@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import torch
 from timm.models import (
@@ -24,7 +24,7 @@ from torch import nn
 
 from timm_weighted_skip.layers import Gate, SkipWeight
 
-__all__ = ['HUB_OWNER', 'checkpoint_filter_fn', 'default_cfgs_of', 'require_checkpoint', 'timm_cfgs']
+__all__ = ['HUB_OWNER', 'checkpoint_filter_fn', 'default_cfgs_of', 'pretrained_source', 'timm_cfgs']
 
 HUB_OWNER = 'timm-weighted-skip'
 """Owner of the Hub repositories of the checkpoint directories that this project publishes."""
@@ -100,20 +100,25 @@ def default_cfgs_of(cfgs: Mapping[str, Union[PretrainedCfg, dict[str, Any]]]) ->
     return generate_default_cfgs({**entries, **starred})
 
 
-def require_checkpoint(
-    variant: str,
-    pretrained_cfg: Optional[Union[str, dict[str, Any]]] = None,
-    pretrained_cfg_overlay: Optional[dict[str, Any]] = None,
-) -> None:
-    """Refuse to load pretrained weights of a net, or of a tag, that has none.
+def pretrained_source(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` of a net that is to be pretrained, with which timm's builder loads what they name.
+
+    Args:
+        variant: The net's registered name.
+        kwargs: The builder's, of which `pretrained_cfg` and `pretrained_cfg_overlay` matter here.
 
     Raises:
-        RuntimeError: As timm's, with the tags that there are.
+        RuntimeError: The net, or the tag, has no weights. As timm's, with the tags that there are.
     """
+    overlay = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    if overlay.get('hf_hub_id') or overlay.get('url'):
+        # timm prefers a file, as our own checkpoints have, and a repository to a URL.
+        overlay = {'file': None, 'hf_hub_id': None, **overlay}
+        kwargs = {**kwargs, 'pretrained_cfg_overlay': overlay}
     try:
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), dict(overlay))
         if cfg.has_weights or cfg.state_dict:
-            return
+            return kwargs
         problem = f'No pretrained weights exist for {variant}{f".{cfg.tag}" if cfg.tag else ""}.'
     except RuntimeError as error:
         problem = str(error)
@@ -130,25 +135,29 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     A state dict that has some of the weights is not a plain backbone's and stays as it is.
 
     Raises:
-        ValueError: The net's weights are fixed at another value than the plain backbone's.
+        ValueError: The net's weights are fixed at another value than the plain backbone's, or its untrained gates give
+            other weights.
     """
     state_dict = dict(state_dict.get('state_dict', state_dict))
     own = model.state_dict()
     identity = {}
-    fixed = None
+    other = None
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SkipWeight) and module.weight is not None:
             identity[f'{name}.weight'] = torch.ones_like(own[f'{name}.weight'])
             if not isinstance(module.weight, nn.Parameter) and module.init not in (0, 1):
-                fixed = module.init
+                other = f'skip_fixed with skip_init={module.init!r}', 'skip_init'
         elif isinstance(module, Gate):
             identity[f'{name}.fc1.weight'] = own[f'{name}.fc1.weight']
             identity[f'{name}.fc2.weight'] = torch.zeros_like(own[f'{name}.fc2.weight'])
+            if module.scale != module.fc2.out_features:
+                other = f'scale={module.scale:g} over {module.fc2.out_features} paths', 'scale'
     if identity.keys() & state_dict.keys():
         return state_dict
-    if fixed is not None:
+    if other:
+        what, argument = other
         raise ValueError(
-            f'skip_fixed with skip_init={fixed!r} is not the net of these weights, whose skips weigh 1; leave '
-            "skip_init out, or load the weights and set each SkipWeight's `weight` yourself"
+            f'{what} is not the net of these weights, whose paths all weigh 1; leave {argument} out, or start from '
+            'them by `load_state_dict(strict=False)`'
         )
     return {**state_dict, **identity}
