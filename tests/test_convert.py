@@ -1,16 +1,19 @@
 """Conversions between plain, AdaResNet and AWM nets leave the weights and the output as they are, to the bit."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 from conftest import randomise
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from timm.models.densenet import DenseNet
 from timm.models.resnet import ResNet
 
 import timm_weighted_skip
 from timm_weighted_skip.cli import main
-from timm_weighted_skip.convert import to_adaresnet, to_awm, to_plain
+from timm_weighted_skip.convert import fold, to_adaresnet, to_awm, to_plain
 
 NETS = ['resnet18', 'resnet14t', 'resnext50_32x4d', 'seresnet50', 'ecaresnet26t', 'resnetblur50', 'resnet50_gn']
 
@@ -79,6 +82,42 @@ def test_the_plain_form_of_a_short_name_is_registered():
     plain = to_plain(timm.create_model('awm_densenet_bc', pretrained=False).eval())
     assert plain.pretrained_cfg['architecture'] == 'densenet40_bc_cifar'
     timm.create_model('densenet40_bc_cifar').load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ('name', 'args', 'convert'),
+    [
+        ('awm_resnet14_cifar', {'hidden': 8}, to_plain),
+        ('awm_resnet14_cifar', {'hidden': 8}, to_adaresnet),
+        ('resnet14_cifar', {}, partial(to_awm, hidden=8)),
+        ('densenet22_bc_cifar', {}, partial(to_awm, hidden=8)),
+        ('awm_densenet22_bc_cifar', {}, to_awm),
+        ('resnet14_cifar', {}, partial(to_adaresnet, sharing='kind')),
+        ('resnet14_cifar', {}, partial(to_adaresnet, fixed=True)),
+        ('adaresnet14_cifar', {'skip_init': 0.8}, fold),
+        ('adaresnet14_cifar', {'sharing': 'unified', 'skip_init': -0.5}, fold),
+        ('adaresnet14_cifar', {'skip_fixed': True, 'skip_init': -0.5}, fold),
+    ],
+)
+@torch.no_grad()
+def test_timms_own_writer_gives_the_converted_net_back(name, args, convert, tmp_path):
+    net = convert(timm.create_model(name, num_classes=3, **args).eval())
+    net = net[0] if convert is fold else net
+    save_for_hf(net, str(tmp_path))
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in net.named_parameters()]
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(x), net(x))
+
+
+def test_a_pruned_densenet_is_converted_too():
+    net = timm.create_model('densenet22_bc_cifar').eval()
+    net.prune_intermediate_layers(1)
+    awm = to_awm(net)
+    x = torch.randn(2, 3, 32, 32)
+    for model in (awm, to_plain(awm)):
+        features = model.forward_intermediates(x, indices=[1], intermediates_only=True)
+        torch.testing.assert_close(features, net.forward_intermediates(x, indices=[1], intermediates_only=True))
 
 
 def test_a_converted_net_trains(images):

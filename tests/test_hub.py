@@ -110,6 +110,15 @@ def test_arguments_that_were_left_out_are_noticed_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('args', [{'sharing': 'kind'}, {'skip_fixed': True, 'skip_init': 1.0}], ids=str)
+def test_arguments_that_no_output_tells_are_noticed_too(tmp_path, args):
+    net = timm.create_model('adaresnet14_cifar', **args)
+    with pytest.raises(ValueError, match=r'has \d+ parameters to train, not \d+; .* sharing or skip_fixed'):
+        save_checkpoint(net, tmp_path / 'net.tag')
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(net, tmp_path / 'net.tag', model_args=args)
+
+
 def test_a_net_without_a_registered_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match='awm_seresnet18 is not registered'):
         save_checkpoint(to_awm(timm.create_model('seresnet18')), tmp_path / 'net')
@@ -397,3 +406,7 @@ def test_fold_reports_what_stays_weighted(tmp_path, capsys):
     assert cli.main(['fold', *source, '--output', str(tmp_path / 'folded')]) == 0
     assert 'identity shortcut: layer1.0, layer1.1, layer2.1, layer3.1\n' in capsys.readouterr().out
     assert json.loads((tmp_path / 'folded/config.json').read_text())['architecture'] == 'adaresnet14_cifar'
+
+    constant = [*source, '--model-kwargs', 'skip_fixed=True', '--output', str(tmp_path / 'constant')]
+    assert cli.main(['fold', *constant]) == 0
+    assert not any(name.endswith('merge.weight') for name, _ in load_net(str(tmp_path / 'constant')).named_parameters())

@@ -254,7 +254,8 @@ def add_fold(verbs) -> None:
         folded, kept = convert.fold(model)
         if kept:
             print(f'still weighted, having w <= 0 on an identity shortcut: {", ".join(kept)}')
-        write_net(args, folded, convert.plain_args(model_args))
+        fixed = {'skip_fixed': True} if kept and model_args.get('skip_fixed') else {}
+        write_net(args, folded, {**convert.plain_args(model_args), **fixed})
 
     parser.set_defaults(run=run)
 

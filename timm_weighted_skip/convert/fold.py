@@ -41,7 +41,8 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
 
     Returns:
         The folded net and the names of the units that are still weighted. Without such it is a plain timm net, whose
-        state dict is that of the plain architecture; with such it is an AdaResNet whose other units have `w = 1`.
+        state dict is that of the plain architecture; with such it is an AdaResNet whose other units have `w = 1`, and
+        whose units share no weight.
 
     Raises:
         ValueError: `model` is no AdaResNet, an activation or a branch is not homogeneous, or the product of a stage's
@@ -53,13 +54,17 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
     net = copy.deepcopy(model)
     blocks = [block for name, stage in net.named_children() if name.startswith('layer') for block in stage]
     names = {block: name for name, block in net.named_modules()}
-    kept = [names[block] for block in _fold_units(net, blocks, names)]
+    weighted = _fold_units(net, blocks, names)
+    kept = [names[block] for block in weighted]
     for name, tensor in net.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f'{name} is beyond the range of {tensor.dtype} after folding; fold `model.double()`')
     if not kept:
         unweigh(net)
         rename(net, '')
+    else:
+        fixed = not isinstance(weighted[0].merge.weight, nn.Parameter)
+        rename(net, 'ada', **(dict(skip_fixed=True) if fixed else {}))
     return net, sorted(kept, key=list(names.values()).index)
 
 
@@ -76,10 +81,11 @@ def _fold_units(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str
             before = torch.ones_like(after)
         else:
             before = after * weight if foldable else after
+        # A merge of its own: units that shared a weight need not have the same one any more.
         if not foldable:
             kept.append(block)
+            block.merge = copy.deepcopy(block.merge)
         elif block.merge.weight is not None:
-            # A module of its own: the old one may be shared with units that stay weighted.
             like = dict(device=block.merge.weight.device, dtype=block.merge.weight.dtype)
             block.merge = SkipWeight(1.0, fixed=not isinstance(block.merge.weight, nn.Parameter), **like)
         if before != 1 or after != 1:

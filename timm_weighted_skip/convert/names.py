@@ -12,15 +12,18 @@ SYNONYMS = {'densenet_bc': 'densenet40_bc_cifar'}
 """What is registered of an architecture whose short name only one of its forms has."""
 
 
-def rename(model: nn.Module, prefix: str) -> None:
+def rename(model: nn.Module, prefix: str, **merge_args: Any) -> None:
     """Note in the net's `pretrained_cfg` that it is now the `prefix` form ('' for plain) of its architecture.
 
-    Whether a net of that name is registered or not: it is not what it was.
+    Whether a net of that name is registered or not: it is not what it was. What timm has noted of the arguments that it
+    was made with, which `timm.models.save_for_hf` writes, becomes those of the plain net and `merge_args`.
     """
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
     plain = (cfg.get('architecture') or '').removeprefix('awm_').removeprefix('ada')
     cfg['architecture'] = f'{prefix}{SYNONYMS.get(plain, plain)}'
     model.pretrained_cfg = model.default_cfg = cfg
+    if hasattr(model, '_model_args'):
+        model._model_args = {**plain_args(model._model_args), **merge_args}
 
 
 def plain_args(model_args: dict[str, Any]) -> dict[str, Any]:

@@ -69,15 +69,15 @@ def to_awm(model: Net, hidden: Optional[int] = None) -> Net:
         ValueError: `model` is of another class or block, or has trained weights already, or `hidden` is no width.
     """
     net = _plain_copy(model)
+    width = hidden if hidden is not None else 16 if isinstance(net, ResNet) else 24
     if isinstance(net, ResNet):
-        width = 16 if hidden is None else hidden
         _weigh_blocks(net, lambda channels, projection, **dd: ActiveWeightedMapping(channels, width, **dd))
     else:
-        weigh_connections(net, 24 if hidden is None else hidden)
+        weigh_connections(net, width)
         if type(net) is DenseNet:
             net.__class__ = WeightedDenseNet
         net._layout_changed()
-    rename(net, 'awm_')
+    rename(net, 'awm_', hidden=width)
     return net
 
 
@@ -97,5 +97,5 @@ def to_adaresnet(model: ResNet, sharing: str = 'block', fixed: bool = False) -> 
             f"{type(net).__name__} can't be converted; AdaResNet weighs the shortcuts of timm's ResNet class"
         )
     _weigh_blocks(net, skip_weights(sharing, init=1.0, fixed=fixed))
-    rename(net, 'ada')
+    rename(net, 'ada', sharing=sharing, **(dict(skip_fixed=True, skip_init=1.0) if fixed else {}))
     return net
