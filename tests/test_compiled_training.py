@@ -1,4 +1,4 @@
-"""Resuming of nets that torch.compile's default backend, Inductor, compiles anew in every process."""
+"""Resuming of nets that torch.compile's default backend, Inductor, compiles or takes from its cache."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def train(*arguments, stop=(0, 0)):
     return subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode
 
 
-@pytest.mark.timeout(900)  # about a minute by itself, of which most is compiling
+@pytest.mark.timeout(900)  # two minutes or so by itself, of which most is compiling
 @pytest.mark.skipif(
     not any(map(shutil.which, ('g++', 'c++', 'clang++'))), reason='Inductor needs a C++ compiler for a CPU'
 )
