@@ -256,16 +256,14 @@ def test_gates_of_another_scale_are_not_put_behind_a_plain_nets_weights(name, sc
 
 @pytest.mark.parametrize('name', ['awm_resnet20_cifar', 'awm_densenet22_bc_cifar'])
 @pytest.mark.parametrize('source', [{'hf_hub_id': 'me/mine'}, {'url': 'https://example.org/mine.safetensors'}])
-def test_a_source_that_the_user_names_comes_before_our_own_file(name, source, monkeypatch):
+def test_a_source_that_the_user_names_comes_before_our_own_file(name, source):
     assert timm.get_pretrained_cfg(name).file
-    asked = []
-
-    def load(model, pretrained_cfg, **_):
-        asked.append({key: pretrained_cfg.get(key) for key in ('file', 'hf_hub_id', 'url')})
-
-    monkeypatch.setattr(timm.models._builder, 'load_pretrained', load)
-    timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source)
-    assert asked == [{'file': None, 'hf_hub_id': None, 'url': None, **source}]
+    weights = timm.create_model(
+        name, pretrained=False
+    ).state_dict()  # in place of what the source would need a network for
+    net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={**source, 'state_dict': weights})
+    asked = {key: net.pretrained_cfg.get(key) for key in ('file', 'hf_hub_id', 'url')}
+    assert asked == {'file': None, 'hf_hub_id': None, 'url': None, **source}
 
 
 def test_a_fixed_weight_is_not_overwritten_by_a_plain_nets(tmp_path):

@@ -69,12 +69,12 @@ def save_checkpoint(
         write_weights(model.state_dict(), staging / 'model.safetensors', metadata)
         (staging / SAMPLE).parent.mkdir()
         write_weights(sample, staging / SAMPLE, {'format': 'pt'})
-        again = validate_checkpoint(staging)
-        if _trained(again) != _trained(model):
+        # Outputs don't tell which weights are shared, nor which are constants.
+        rebuilt, own = ([name for name, _ in net.named_parameters()] for net in (validate_checkpoint(staging), model))
+        if rebuilt != own:
             raise ValueError(
-                f'{folder}: the rebuilt net has {len(_trained(again))} parameters to train, not '
-                f'{len(_trained(model))}; was it made with arguments, such as sharing or skip_fixed, that model_args '
-                'lacks?'
+                f'{folder}: the rebuilt net has {len(rebuilt)} parameters to train, not {len(own)}; was it made with '
+                'arguments, such as sharing or skip_fixed, that model_args lacks?'
             )
         staging.chmod(0o755)  # a temporary folder is its owner's alone
         staging.rename(folder)
@@ -107,11 +107,6 @@ def save_weights(model: nn.Module, file: Path) -> Path:
         raise FileExistsError(f'{file} exists; give another name or remove it')
     write_weights(unwrap_model(model).state_dict(), file, {'format': 'pt'})
     return file
-
-
-def _trained(model: nn.Module) -> list[str]:
-    """Names of the parameters, of one that is shared the first: outputs don't tell sharing, nor what is a constant."""
-    return [name for name, _ in model.named_parameters()]
 
 
 @torch.no_grad()
