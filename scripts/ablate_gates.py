@@ -26,8 +26,8 @@ from timm_weighted_skip.analysis.units import eval_mode, gate_weights, gates
 from timm_weighted_skip.data import SETS, ImageSet, load_image_set
 from timm_weighted_skip.nets import load_net
 from timm_weighted_skip.train.batches import Batches
+from timm_weighted_skip.train.evaluate import evaluate_on
 from timm_weighted_skip.train.recipe import Recipe, load_recipe
-from timm_weighted_skip.train.runs import evaluate_on
 
 Weights = dict[str, torch.Tensor]  # unit name -> (K,), with a sum of 1
 

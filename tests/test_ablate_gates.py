@@ -10,8 +10,8 @@ from conftest import randomise
 from timm_weighted_skip.analysis.units import mapping_units
 from timm_weighted_skip.data import load_image_set
 from timm_weighted_skip.nets import load_net
+from timm_weighted_skip.train.evaluate import evaluate_on
 from timm_weighted_skip.train.recipe import load_recipe
-from timm_weighted_skip.train.runs import evaluate_on
 
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
 NAME = 'awm_resnet14_cifar.digits'

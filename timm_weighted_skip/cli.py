@@ -357,7 +357,7 @@ def add_eval(verbs) -> None:
 
         from timm_weighted_skip.data import load_image_set
         from timm_weighted_skip.nets import find_net
-        from timm_weighted_skip.train.runs import evaluate_on
+        from timm_weighted_skip.train.evaluate import evaluate_on
 
         if args.data is None:
             raise ValueError('--data is missing: the images to evaluate on, such as cifar10 with --data-dir, or digits')

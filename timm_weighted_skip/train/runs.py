@@ -6,7 +6,6 @@ test accuracy (which a paper should not report); their metadata names the net. W
 
 import argparse
 import json
-import math
 import platform
 import shlex
 import statistics
@@ -29,30 +28,18 @@ from tqdm import tqdm
 
 import timm_weighted_skip
 from timm_weighted_skip.commit import package_commit
-from timm_weighted_skip.data import ImageSet, load_image_set
+from timm_weighted_skip.data import load_image_set
 from timm_weighted_skip.files import read_json, write_file
-from timm_weighted_skip.layers import check_count
-from timm_weighted_skip.nets import (
-    FOREIGN,
-    LAST,
-    Trained,
-    architecture,
-    check_classes,
-    check_device,
-    check_input_size,
-    input_channels,
-)
-from timm_weighted_skip.train.batches import Batches
+from timm_weighted_skip.nets import FOREIGN, LAST, Trained, architecture
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
-from timm_weighted_skip.train.trainer import EpochStopped, Trainer, evaluate, make_net, stop_signals
+from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net, stop_signals
 
 __all__ = [
     'Run',
     'alone_in',
     'command_of',
     'describe',
-    'evaluate_on',
     'holds_run',
     'read_run',
     'run',
@@ -409,38 +396,3 @@ def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], ana
             result['mapping_units'] = analysis(trainer.eval_net.eval(), images_in_order)
     write_file(folder / RESULT, json.dumps(result, indent=1))
     return result
-
-
-def evaluate_on(
-    net: nn.Module, data: ImageSet, batch_size: int = 256, device: str = 'cpu', amp: bool = False
-) -> dict[str, Any]:
-    """Number of images, loss and accuracies of a trained net on a set of images, as they are.
-
-    Args:
-        net: Its `pretrained_cfg` tells the normalisation.
-        data: The images.
-        batch_size: Images per batch.
-        device: Where to run.
-        amp: bfloat16 autocast.
-
-    Raises:
-        ValueError: The net is of other classes or another number of channels, the images are too small for it, or its
-            loss is not finite.
-    """
-    check_device(device)
-    check_count('batch_size', batch_size)
-    check_classes(net, data.classes)
-    config: Any = net.pretrained_cfg
-    takes, channels = input_channels(net), data.images.shape[3]
-    if not takes == channels == len(config['mean']):
-        raise ValueError(
-            f'the net takes images of {takes} channels, with {len(config["mean"])} pixel means; those of the data have '
-            f'{channels}; give a net that was trained on such images'
-        )
-    check_input_size(net, *data.images.shape[1:3])
-    batches = Batches(data, batch_size, config['mean'], config['std'], device, channels_last=True)
-    net = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    measured = evaluate(net, batches, amp)
-    if not math.isfinite(measured['loss']):
-        raise ValueError(f'the loss is {measured["loss"]}: the weights hold or lead to numbers that are not finite')
-    return {'images': len(data.labels), **measured}

@@ -20,16 +20,16 @@ from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.names import check_model_name
 from timm_weighted_skip.nets import DAMAGED, check_device
 from timm_weighted_skip.train.batches import Batches, mix_seed
+from timm_weighted_skip.train.evaluate import evaluate
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 
-__all__ = ['EpochStopped', 'Trainer', 'evaluate', 'make_net', 'normalisation', 'stop_signals']
+__all__ = ['EpochStopped', 'Trainer', 'make_net', 'normalisation', 'stop_signals']
 
 # Images that a run must process for torch.compile to win back on a CPU the minutes that it takes to compile.
 IMAGES_WORTH_COMPILING = 500_000
@@ -80,31 +80,6 @@ def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple
     if not all(deviation > 0 for deviation in std):
         raise ValueError(f'the pixel deviations are {list(std)}; give --std with numbers above 0')
     return tuple(mean * channels if len(mean) == 1 else mean), tuple(std * channels if len(std) == 1 else std)
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, batches: Batches, amp: bool = False, net: Optional[nn.Module] = None
-) -> dict[str, float]:
-    """Loss and accuracies in % over all images.
-
-    Args:
-        model: Called in eval mode.
-        batches: The images.
-        amp: bfloat16 autocast.
-        net: What to call for a batch of another size than the others, where `model` is compiled for one.
-    """
-    model.eval()
-    loss = correct = correct5 = torch.zeros((), dtype=torch.float64, device=batches.labels.device)
-    for x, labels in batches.in_order():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-            output = (model if len(x) == batches.batch_size else net or model)(x)
-        output = output.float()
-        loss = loss + cross_entropy(output, labels, reduction='sum')
-        hits = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
-        correct, correct5 = correct + hits[:, 0].sum(), correct5 + hits.sum()
-    count = len(batches)
-    return {'loss': float(loss) / count, 'top1': 100 * float(correct) / count, 'top5': 100 * float(correct5) / count}
 
 
 def _has_compiler(device: torch.device) -> bool:
