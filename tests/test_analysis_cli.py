@@ -194,6 +194,10 @@ def test_images_from_npz_and_folders(folder, tmp_path, capsys):
         assert main(['inspect', str(folder), '--data', data, '--data-dir', str(tmp_path), '--out', str(out)]) == 0
         means.append([float(row['mean']) for row in rows(out / 'weights.csv')])
     np.testing.assert_allclose(*means, rtol=1e-5)
+    path.joinpath('0.png').write_bytes(b'cut off')
+    for command in ('inspect', 'extremes', 'eval'):  # no other image takes its place
+        assert main([command, str(folder), '--data', 'folder', '--data-dir', str(tmp_path)]) == 1
+        assert 'test/9/0.png is not a readable image' in capsys.readouterr().err
 
 
 def npz(path, images, classes=10, first=0):
@@ -255,6 +259,7 @@ def half_a_checkpoint(path, folder: str) -> str:
         (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),
         (lambda f, t: ['curves', f], 'neither log.jsonl nor summary.csv'),
         (lambda f, t: ['inspect', f, '--data', 'digits', '--input-size', '1', '2', '8'], '2x8 pixels are too small'),
+        (lambda f, t: ['inspect', f, '--data', 'digits', '--input-size', '3', '8', '8'], 'has 3; give 1 H W'),
         (lambda f, t: ['extremes', f, '--data', 'digits', '--device', 'meta'], "device 'meta' is not to be had"),
         (lambda f, t: ['extremes', f, '--data', 'digits', '--device', 'abacus'], "device 'abacus' is not to be had"),
     ],

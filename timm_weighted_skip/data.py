@@ -114,15 +114,25 @@ def open_folder(root: Path, train: bool) -> ImageDataset:
         raise OSError(f'{folder} is not a readable image folder: {error}') from None
 
 
+def read_image(data: ImageDataset, index: int) -> tuple[Image.Image, int]:
+    """An image and its class number, where indexing `data` gives the next image in place of one that can't be read.
+
+    Raises:
+        OSError: It is not a readable image.
+    """
+    stream, label = data.reader[index]
+    try:
+        with stream:
+            return Image.open(stream).convert('RGB'), label
+    except OSError as error:
+        raise OSError(f'{data.filename(index, absolute=True)} is not a readable image: {error}') from None
+
+
 def _load_folder(root: Path, train: bool) -> ImageSet:
     data, arrays, labels = open_folder(root, train), [], []
     for index in range(len(data)):
-        stream, label = data.reader[index]
-        try:
-            with stream:
-                arrays.append(np.asarray(Image.open(stream).convert('RGB')))
-        except OSError as error:
-            raise OSError(f'{data.filename(index, absolute=True)} is not a readable image: {error}') from None
+        image, label = read_image(data, index)
+        arrays.append(np.asarray(image))
         labels.append(label)
     sizes = sorted({array.shape[:2] for array in arrays})
     if len(sizes) > 1:

@@ -7,11 +7,11 @@ from typing import Any, Optional, Union
 
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from timm_weighted_skip.data import FETCHED, ImageSet, load_image_set, open_folder, torchvision_reason
+from timm_weighted_skip.data import FETCHED, ImageSet, load_image_set, open_folder, read_image, torchvision_reason
 from timm_weighted_skip.nets import check_classes, check_input_size, input_channels
 
 __all__ = ['LabelledImages', 'load_images']
@@ -63,6 +63,19 @@ class _Pictures:
         return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), int(self.data.labels[index])
 
 
+class _Files:
+    """The images of a data set of timm's as pairs of a PIL image and its label; one that can't be read is an error."""
+
+    def __init__(self, data: ImageDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.data, index)
+
+
 def load_images(
     name: str,
     model: nn.Module,
@@ -84,7 +97,7 @@ def load_images(
     Raises:
         ValueError: There are no images, their classes are not the net's, or name, shape, size or channels
             are wrong.
-        OSError: There is no such file or folder.
+        OSError: There is no such file or folder. Reading an image raises it too, if its file is damaged.
     """
     train = split in ('train', 'training')
     npz = Path(data_dir or '.', f'{name}_{"train" if train else "test"}.npz')
@@ -109,6 +122,8 @@ def load_images(
     if not len(source):
         raise ValueError(f'{name!r}, split {split!r}, has no images')
     check_classes(model, classes)
+    if isinstance(source, ImageDataset):
+        source = _Files(source)
     return LabelledImages(source, list(classes), *_transform(model, data_args))
 
 
@@ -120,6 +135,10 @@ def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[I
         raise ValueError(f'the net takes images of {channels} channels; 1 and 3 can be read')
     given = {name: value for name, value in data_args.items() if value is not None}
     given.setdefault('input_size', (channels, *cfg['input_size'][1:]))
+    if given['input_size'][0] != channels:
+        raise ValueError(
+            f'the net takes {channels} channel(s), and input_size has {given["input_size"][0]}; give {channels} H W'
+        )
     for name in ('mean', 'std'):
         value = given.get(name) or cfg[name]
         if len(value) != channels:
