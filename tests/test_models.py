@@ -267,6 +267,7 @@ def test_a_shared_weight_takes_one_value():
         ('awm_resnet50', {'sharing': 'kind'}, TypeError, "unexpected keyword argument 'sharing'"),
         ('adaresnet18', {'hidden': 16}, TypeError, "unexpected keyword argument 'hidden'"),
         ('awm_resnet20_cifar', {'output_stride': 8}, TypeError, 'output_stride'),
+        ('awm_resnet20_cifar', {'replace_stem_pool': True}, TypeError, 'replace_stem_pool'),
         ('awm_densenet22_bc_cifar', {'stem_type': 'deep'}, TypeError, 'stem_type'),
         ('awm_densenet_bc', {'skip_init': 1.0}, TypeError, "unexpected keyword argument 'skip_init'"),
     ],

@@ -35,9 +35,11 @@ class CifarResNet(WeightedResNet):
     out_indices = (0, 1, 2, 3)
 
     def __init__(self, block: type[WeightedBasicBlock], layers: tuple[int, ...], merge, in_chans: int = 3, **kwargs):
-        # Of timm's stems only the deep one can be 16 channels wide, so it is made and replaced. The output stride is
-        # named so that it can't be given: timm counts it from a stem that already divides by 4.
-        stem_and_stages = dict(stem_type='deep', stem_width=8, channels=(16, 32, 64), output_stride=32)
+        # Of timm's stems only the deep one can be 16 channels wide, so it is made and replaced. The last two are named
+        # so that they can't be given: there is no stem pool, and timm counts the stride from a stem that divides by 4.
+        stem_and_stages = dict(
+            stem_type='deep', stem_width=8, channels=(16, 32, 64), replace_stem_pool=False, output_stride=32
+        )
         super().__init__(block, layers, merge, in_chans, **stem_and_stages, **kwargs)
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         self.conv1 = nn.Conv2d(in_chans, 16, kernel_size=3, padding=1, bias=False, **dd)
