@@ -43,6 +43,7 @@ from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
 from timm_weighted_skip.models.blocks import WeightedBottleneck
+from timm_weighted_skip.nets import check_device
 
 # Plain net -> what is compared with it.
 BACKBONES = {
@@ -91,20 +92,18 @@ def plain_of(name: str) -> str:
 
 
 class Net:
-    """A net with what it takes to let it make steps."""
+    """A net with what it takes to let it make steps on images of `size`, (C, H, W)."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, size: tuple[int, int, int], args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         self.name, self.train = name, args.mode == 'train'
         self.fused_norm = args.compile and not args.no_fused_merge
-        default: Any = get_pretrained_cfg_value(name, 'input_size')
-        channels, height, width = default
-        height, width = (args.img_size, args.img_size) if args.img_size else (height, width)
-        self.size = channels, height, width
-        batch = args.batch_size or (128 if height <= 32 else 8)
+        self.size = size
+        batch = args.batch_size or (128 if size[1] <= 32 else 8)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.model = timm.create_model(name).train(self.train).to(args.device).to(memory_format=layout)
-        self.x = torch.randn(batch, channels, height, width, device=args.device).contiguous(memory_format=layout)
+        self.model = timm.create_model(name, in_chans=size[0]).train(self.train).to(args.device)
+        self.model.to(memory_format=layout)
+        self.x = torch.randn(batch, *size, device=args.device).contiguous(memory_format=layout)
         self.y = torch.arange(batch, device=args.device) % 10
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.forward: Callable = torch.compile(self.model) if args.compile else self.model
@@ -196,7 +195,9 @@ def copy_speed(device: torch.device) -> float:
 
 def compare(names: list[str], args: argparse.Namespace, speed: float) -> list[Row]:
     """Run nets of one backbone in turn; the first is the plain one."""
-    nets = [Net(name, args) for name in names]
+    default: Any = get_pretrained_cfg_value(names[0], 'input_size')
+    size = (default[0], args.img_size, args.img_size) if args.img_size else default
+    nets = [Net(name, size, args) for name in names]
     extra = [extra_bytes(net) for net in nets]
     saved = [saved_bytes(net) if net.train and not args.compile else 0 for net in nets]
     for net in nets:
@@ -299,13 +300,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', metavar='NAME', help='default: every net of BACKBONES in this file')
     parser.add_argument('--mode', choices=('eval', 'train', 'import'), default='eval')
-    parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
+    parser.add_argument('--device', default='cpu')
     parser.add_argument('--compile', action='store_true', help='torch.compile every net')
     parser.add_argument('--no-fused-merge', action='store_true', help='merge by the plain formula')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--batch-size', type=positive, help='default: 128 for images of 32 pixels, 8 for larger ones')
-    parser.add_argument('--img-size', type=positive, help="default: each net's own")
+    parser.add_argument('--img-size', type=positive, help="default: each plain net's own")
     parser.add_argument('--rounds', type=positive, default=21, help='2 or more')
     parser.add_argument('--warmup', type=positive, default=3)
     parser.add_argument('--threads', type=positive, default=1)
@@ -321,6 +322,10 @@ def main() -> int:
     unknown = [name for name in args.models or () if not timm.is_model(name)]
     if unknown:
         parser.error(f'--models: unknown {", ".join(unknown)}; `weighted-skip list` and timm.list_models() name them')
+    try:
+        args.device = check_device(args.device)
+    except ValueError as error:
+        parser.error(f'--device: {error}')
     if args.rounds < 2:
         parser.error(f'--rounds {args.rounds} has no quartiles; give 2 or more')
     if args.mode == 'import':
@@ -332,7 +337,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     set_fused_merge(not args.no_fused_merge)
     groups: dict[str, list[str]] = {}
-    for name in args.models or [name for plain, others in BACKBONES.items() for name in (plain, *others)]:
+    for name in dict.fromkeys(args.models or itertools.chain(BACKBONES, *BACKBONES.values())):
         groups.setdefault(plain_of(name), [])
         if name != plain_of(name):
             groups[plain_of(name)].append(name)

@@ -36,13 +36,14 @@ Form = Callable[[nn.Module, torch.Tensor, Path], Callable[[], torch.Tensor]]
 def trained(name: str, size: tuple[int, ...]) -> nn.Module:
     """A net whose branches, weights and running statistics are not at their start."""
     torch.manual_seed(0)
-    model = timm.create_model(name, zero_init_last=False)
+    model = timm.create_model(name)
     for module in model.modules():
         if isinstance(module, Gate):
             nn.init.normal_(module.fc2.weight)
         elif isinstance(module, SkipWeight) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.5, 1.5)
         elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # the last of a block starts at 0
             module.momentum = None  # averages over all images
     with torch.no_grad():
         model.train()(torch.randn(8, *size))

@@ -47,6 +47,14 @@ def test_compares_with_the_plain_net(benchmark, tmp_path, capsys):
     assert '| awm_resnet14_cifar | 0.183 | 26.7 |' in capsys.readouterr().out
 
 
+def test_nets_are_compared_once_on_images_of_one_size(benchmark, tmp_path):
+    run = ['--models', *2 * ['awm_resnet14_cifar.digits'], '--batch-size', '2', '--rounds', '2', '--warmup', '1']
+    assert benchmark(*run, '--json', str(tmp_path / 'rows.json')) == 0
+    plain, awm = json.loads((tmp_path / 'rows.json').read_text())['rows']  # digits alone are of 8x8 pixels and grey
+    assert awm['macs'] == pytest.approx(plain['macs'], rel=0.01)
+    assert awm['bound'] > 1
+
+
 def test_a_bottleneck_in_eval_pools_a_quarter_of_its_branch(benchmark, tmp_path):
     run = ['--models', 'awm_resnet50', '--img-size', '64', '--batch-size', '1', '--rounds', '2', '--warmup', '1']
     assert benchmark(*run, '--json', str(tmp_path / 'rows.json')) == 0
@@ -122,6 +130,7 @@ def test_finds_the_plain_net(benchmark, name, plain):
         (['--rounds', '1'], '--rounds 1 has no quartiles; give 2 or more'),
         (['--mode', 'import', '--json', 'x'], '--json is of --mode eval and train'),
         (['--batch-size', '0'], '0 is not allowed; give 1 or more'),
+        (['--device', 'abacus'], "--device: device 'abacus' is not to be had"),
         (['--readme', str(PATH)], 'benchmark.py is not a file that --json wrote'),
         (['--readme', 'nowhere.json'], 'nowhere.json'),
     ],
@@ -132,10 +141,24 @@ def test_refuses_what_it_cannot_run(benchmark, args, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_deployed_forms_compute_what_the_nets_do(monkeypatch, capsys):
+@pytest.fixture
+def deploy(monkeypatch):
     monkeypatch.syspath_prepend(PATH.parent)
-    deploy = script(PATH.with_name('benchmark_deploy.py'))
-    monkeypatch.setattr(deploy.torch, 'set_num_threads', lambda n: None)
+    module = script(PATH.with_name('benchmark_deploy.py'))
+    monkeypatch.setattr(module.torch, 'set_num_threads', lambda n: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    'name', ['resnet14_cifar', 'awm_resnet14_cifar', 'adaresnet14_cifar', 'awm_densenet22_bc_cifar']
+)
+def test_nothing_of_a_deployed_net_is_left_out_by_zeros(deploy, name):
+    net = deploy.trained(name, (3, 32, 32))
+    zeros = {path for path, parameter in net.named_parameters() if not parameter.any()}
+    assert all(path.endswith('.bias') for path in zeros)
+
+
+def test_deployed_forms_compute_what_the_nets_do(deploy, monkeypatch, capsys):
     args = ['--models', 'awm_resnet14_cifar', '--forms', 'eager', 'onnx', 'int8', '--rounds', '2', '--warmup', '1']
     monkeypatch.setattr('sys.argv', ['benchmark_deploy.py', *args])
     try:

@@ -43,8 +43,8 @@ def model_cost(name: str, input_size: Optional[tuple[int, int, int]] = None) -> 
         input_size: (C, H, W); the model's default if None.
     """
     with torch.device('meta'):
-        model = timm.create_model(name).eval()
         size: Any = input_size or get_pretrained_cfg_value(name, 'input_size')
+        model = timm.create_model(name, in_chans=size[0]).eval()
         costs = count_costs(model, torch.empty(1, *size))
     try:
         units = len(named_merges(model))
