@@ -57,11 +57,12 @@ def reproduce(folder, *args):
 
 @pytest.fixture
 def called(modules, monkeypatch, capsys):
-    """Runs the script in this process, which is faster where nothing is trained; gives the status and what it says."""
+    """Runs the script in this process, where torch is imported already; gives the status and what it says."""
     import reproduce
 
     def call(folder, *args):
-        monkeypatch.setattr('sys.argv', ['reproduce.py', '--manifest', str(folder / 'manifest.yaml'), *args])
+        command = ['reproduce.py', '--manifest', str(folder / 'manifest.yaml'), '--jobs', '2', *args]
+        monkeypatch.setattr('sys.argv', command)
         monkeypatch.chdir(folder)
         return reproduce.main(), ''.join(capsys.readouterr())
 
@@ -122,8 +123,8 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     (tmp_path / 'manifest.yaml').write_text(MANIFEST)
     status, out, err = reproduce(tmp_path, '--only', '*/seed0')
     assert (status, '2 runs finished, 0 failed, 0 left' in out) == (0, True), err
-    status, out, err = reproduce(tmp_path)
-    assert (status, '2 runs finished' in out) == (0, True), err  # those of seed 1
+    status, said = called(tmp_path)
+    assert (status, '2 runs finished' in said) == (0, True), said  # those of seed 1
     assert 'nothing to do' in called(tmp_path)[1]
     status, said = called(tmp_path, '--only', '*/seed2')
     assert (status, "no run matches --only '*/seed2'" in said) == (1, True)
@@ -196,7 +197,7 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
 
 def test_what_was_trained_otherwise_is_not_this_run(tmp_path, called):
     (tmp_path / 'manifest.yaml').write_text(MANIFEST)
-    assert reproduce(tmp_path, '--only', '*/plain/seed0')[0] == 0
+    assert called(tmp_path, '--only', '*/plain/seed0')[0] == 0
     result = tmp_path / 'results/small/plain.seed0.json'
     (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('epochs: 2', 'epochs: 3'))
     for option in ('--list', '--report'):
@@ -209,11 +210,11 @@ def test_what_was_trained_otherwise_is_not_this_run(tmp_path, called):
     assert not result.exists()
 
 
-def test_a_start_that_was_refused_starts_anew(tmp_path):
+def test_a_start_that_was_refused_starts_anew(tmp_path, called):
     (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('data: digits', 'data: cifar10'))
     for folder in ('a', 'b'):
-        status, _, err = reproduce(tmp_path, '--only', '*/plain/seed0', '--data-dir', str(tmp_path / folder))
-        assert (status, str(tmp_path / folder) in err) == (1, True), err
+        status, said = called(tmp_path, '--only', '*/plain/seed0', '--data-dir', str(tmp_path / folder))
+        assert (status, str(tmp_path / folder) in said) == (1, True), said
 
 
 def test_killed_and_interrupted_it_goes_on(tmp_path):
@@ -254,14 +255,14 @@ def test_a_report_of_some_runs_is_refused(tmp_path, called, capsys):
     assert '--only does not go with --report' in capsys.readouterr().err
 
 
-def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, called):
     (tmp_path / 'manifest.yaml').write_text(
         MANIFEST.replace('{alternate_freeze: 1}', '{alternate_freeze: 1, lr: 1e30}')
     )
-    status, out, err = reproduce(tmp_path, '--only', '*/seed0')
+    status, said = called(tmp_path, '--only', '*/seed0')
     assert status == 1
-    assert '1 runs finished, 1 failed, 0 left' in out
-    assert 'small/awm/seed0 failed: weighted-skip: the loss is nan' in err
+    assert '1 runs finished, 1 failed, 0 left' in said
+    assert 'small/awm/seed0 failed: weighted-skip: the loss is nan' in said
 
 
 def test_out_of_time_it_saves_and_says_what_is_left(tmp_path):
