@@ -46,6 +46,7 @@ def test_yamls_numbers_without_a_point_are_numbers(tmp_path):
         ('mean', [float('nan')], r'mean=\[nan\] is not allowed; give finite numbers'),
         ('opt_eps', 'abc', "opt_eps='abc' is not a number"),
         ('opt_eps', -1, r'opt_eps=-1\.0 is not allowed; give a finite number of 0 or more'),
+        ('decay_milestones', [4, 2], r'decay_milestones=\[4, 2\] is not allowed; give them in ascending order'),
         ('decay_milestones', ['a', 3], r"decay_milestones=\['a', 3\] is not allowed; give whole numbers"),
         ('opt', None, 'opt=None is not allowed; give a name'),
     ],

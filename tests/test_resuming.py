@@ -168,8 +168,9 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path, capsys):
     refused(f'{log} is damaged')
     log.write_text('null\n')
     refused(f'{log} is damaged')
-    assert main(['train', '--resume', str(folder), '--epochs', '9']) == 1
-    assert 'give no --epochs' in capsys.readouterr().err
+    for other in (['--epochs', '9'], ['--model', 'awm_resnet20_cifar']):
+        assert main(['train', '--resume', str(folder), *other]) == 1
+        assert f'give no {other[0]}' in capsys.readouterr().err
     args = (folder / 'args.yaml').read_text()
     (folder / 'args.yaml').write_text(args.replace('awm_resnet14_cifar', 'awm_resnet20_cifar'))
     refused('awm_resnet20_cifar')
@@ -199,8 +200,11 @@ def test_a_checkpoint_from_before_an_option_existed_is_gone_on_with(tmp_path, ca
     assert '(differing: lr); resume a run in its own folder' in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Trainer, 'evaluate', poison_after(Trainer.evaluate))
+@pytest.mark.parametrize('interrupted', [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path, capsys, monkeypatch, interrupted
+):
+    monkeypatch.setattr(Trainer, 'evaluate', poison_after(Trainer.evaluate, interrupted))
     assert main(train_args(tmp_path)) == 1
     assert 'the loss is nan in epoch 2; give a smaller --lr' in capsys.readouterr().err
     weights, state = checkpoints.read_checkpoint(tmp_path / 'run', [''])
@@ -208,9 +212,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert all(w.isfinite().all() for w in weights[''].values())
 
 
-def poison_after(evaluate):
+def poison_after(evaluate, interrupted):
     def poisoned(trainer):
-        trainer.loss_fn = lambda output, labels: output.sum() * torch.nan
+        def loss_fn(output, labels):
+            if interrupted:
+                signal.raise_signal(signal.SIGINT)
+            return output.sum() * torch.nan
+
+        trainer.loss_fn = loss_fn
         return evaluate(trainer)
 
     return poisoned

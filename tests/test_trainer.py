@@ -232,6 +232,11 @@ def test_torchcompile_without_a_compiler_is_refused(tmp_path, monkeypatch, capsy
     assert 'torchcompile needs a C++ compiler' in capsys.readouterr().err
 
 
+def test_a_mode_asks_for_compiling():
+    with pytest.raises(ValueError, match="torchcompile_mode='none'"):
+        make_trainer(torchcompile=None, torchcompile_mode='none')
+
+
 @pytest.mark.parametrize(
     ('more', 'message'),
     [
@@ -265,6 +270,10 @@ def test_torchcompile_without_a_compiler_is_refused(tmp_path, monkeypatch, capsy
         (['--model-kwargs', 'features_only=True'], 'does not give one number per class; train the whole net'),
         (['--model-kwargs', 'layers=(1,1)'], "model 'awm_resnet14_cifar'"),
         (['--torchcompile', '--torchcompile-mode', 'none'], "torchcompile_mode='none'"),
+        (
+            ['--model', 'selecsls42', '--alternate-freeze', '0', '--grad-checkpointing'],
+            'grad_checkpointing: gradient checkpointing not supported; leave it out',
+        ),
     ],
     ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
 )

@@ -18,6 +18,7 @@ import timm_weighted_skip
 __all__ = ['main']
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+MODEL = 'awm_resnet20_cifar'
 
 
 def _show(text: str) -> None:
@@ -308,7 +309,7 @@ def add_train(verbs) -> None:
     parser.add_argument(
         '--resume', metavar='DIR', help='go on with the run in this folder; takes --device and --data-dir beside it'
     )
-    parser.add_argument('--model', default='awm_resnet20_cifar', help='timm model name (%(default)s)')
+    parser.add_argument('--model', help=f'timm model name ({MODEL})')
     parser.add_argument('--pretrained', action='store_true', help='start from its checkpoint')
     add_data_arguments(parser)
     parser.add_argument('--recipe', metavar='NAME', help=f'a YAML file, or one of {", ".join(list_recipes())}')
@@ -332,7 +333,7 @@ def add_train(verbs) -> None:
             task.device = args.device or task.device
             task.data_dir = str(Path(args.data_dir).absolute()) if args.data_dir else task.data_dir
         else:
-            args.device = args.device or DEVICE
+            args.model, args.device = args.model or MODEL, args.device or DEVICE
             task, seeds, folder = task_of(args)
         try:
             result = run_seeds(task, folder, seeds, resume=bool(args.resume), analysis=weight_moments)

@@ -152,7 +152,7 @@ class Recipe:
     amp: Optional[bool] = _switch(None, 'bfloat16 autocast (on CUDA)')
     channels_last: Optional[bool] = _switch(None, 'channels-last memory layout (always)')
     torchcompile: Optional[bool] = _switch(None, 'torch.compile (where the run is long enough to win)')
-    torchcompile_mode: Optional[str] = _option(None, "torch.compile's mode (on a GPU reduce-overhead)", str, 'MODE')
+    torchcompile_mode: Optional[str] = _option(None, 'compile, in this mode (on a GPU reduce-overhead)', str, 'MODE')
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -189,6 +189,8 @@ class Recipe:
         for milestone in self.decay_milestones:
             if isinstance(milestone, bool) or not isinstance(milestone, int):
                 raise ValueError(f'decay_milestones={self.decay_milestones!r} is not allowed; give whole numbers')
+        if self.decay_milestones != sorted(self.decay_milestones):
+            raise ValueError(f'decay_milestones={self.decay_milestones!r} is not allowed; give them in ascending order')
         check_choice('clip_mode', self.clip_mode, ('norm', 'value', 'agc'))
         if self.sched == 'plateau':
             raise ValueError("sched='plateau' depends on measured accuracies; choose a schedule that depends on epochs")

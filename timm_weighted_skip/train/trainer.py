@@ -181,7 +181,10 @@ class Trainer:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         _keep_memory()
         if recipe.grad_checkpointing:
-            net.set_grad_checkpointing()  # type: ignore[operator]
+            try:
+                net.set_grad_checkpointing()  # type: ignore[operator]
+            except (AssertionError, AttributeError) as error:
+                raise ValueError(f'grad_checkpointing: {error}; leave it out') from None
         self.net = net.to(self.device)
         if channels_last and self.device.type != 'cpu':
             # On a CPU oneDNN lays weights out as it likes, and a fused optimizer copies those that are not contiguous.
@@ -193,14 +196,13 @@ class Trainer:
         self.ema = None
         if recipe.model_ema:
             self.ema = ModelEmaV3(self.net, recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
-        self.compiled = recipe.torchcompile
+        mode, self.compiled = recipe.torchcompile_mode, recipe.torchcompile
         if self.compiled is None:
-            self.compiled = _compiles(self.device, self.epochs * len(train.labels))
-        elif self.compiled and not _has_compiler(self.device):
+            self.compiled = mode is not None or _compiles(self.device, self.epochs * len(train.labels))
+        if self.compiled and not _has_compiler(self.device):
             raise ValueError('torchcompile needs a C++ compiler, and there is none; install g++, or leave it out')
         self.model: nn.Module = self.net
         if self.compiled:
-            mode = recipe.torchcompile_mode
             if mode is None and self.device.type == 'cuda':
                 mode = 'reduce-overhead'  # CUDA graphs: launching the kernels of a small net takes longer than they do
             try:
@@ -322,15 +324,10 @@ class Trainer:
                 mean = None
                 if time.perf_counter() > checked + 1 or at.batch == end:  # not always: reading the loss waits for it
                     checked = time.perf_counter()
-                    at.loss, at.correct = totals.tolist()
-                    mean = at.loss / at.batch
-                    if not math.isfinite(mean):
-                        raise ValueError(
-                            f'the loss is {mean} in epoch {at.epoch + 1}; give a smaller --lr than {recipe.lr}'
-                        )
+                    mean = self._read(totals)
                 progress(recipe.batch_size * recipe.grad_accum_steps, mean)
                 if stopped():
-                    at.loss, at.correct = totals.tolist()
+                    self._read(totals)
                     raise EpochStopped
         images, seconds = (at.batch - first) * recipe.batch_size, time.perf_counter() - started
         lr = max(group['lr'] for group in self.optimizer.param_groups)
@@ -338,6 +335,19 @@ class Trainer:
         result = {'phase': phase, 'lr': lr, 'loss': at.loss / at.batch, 'top1': top1}
         self.position = Position(at.epoch + 1, updates=at.updates)
         return {**result, 'images': images, 'seconds': seconds}
+
+    def _read(self, totals: torch.Tensor) -> float:
+        """Note the epoch's sums so far; returns the mean loss.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        at = self.position
+        at.loss, at.correct = totals.tolist()
+        mean = at.loss / at.batch
+        if not math.isfinite(mean):
+            raise ValueError(f'the loss is {mean} in epoch {at.epoch + 1}; give a smaller --lr than {self.recipe.lr}')
+        return mean
 
     def _clipped(self) -> list[nn.Parameter]:
         """What a gradient's norm is taken of; by timm's custom, 'agc' leaves the classifier out."""
