@@ -200,22 +200,12 @@ def test_pad_crop_is_the_trainers(images):
         __name__='train', train_one_epoch=None, create_scheduler_v2=None, create_loader=create_loader
     )
     install(script, argparse.Namespace(pad_crop=4))
+    options = dict(is_training=True, hflip=0.0, mean=(0.5,) * 3, std=(0.25,) * 3, device=torch.device('cpu'))
+    options |= dict(num_workers=0, persistent_workers=False)
     for prefetcher in (True, False):
         dataset = ImageDataset(str(images), split='train')
         image = np.asarray(dataset[0][0])
-        loader = script.create_loader(
-            dataset,
-            (3, 32, 32),
-            4,
-            is_training=True,
-            hflip=0.0,
-            use_prefetcher=prefetcher,
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            device=torch.device('cpu'),
-            num_workers=0,
-            persistent_workers=False,
-        )
+        loader = script.create_loader(dataset, (3, 32, 32), 4, use_prefetcher=prefetcher, **options)
         assert next(iter(loader))[0].shape == (4, 3, 32, 32)
         padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
         crops = {padded[i : i + 32, j : j + 32].tobytes() for i in range(9) for j in range(9)}
@@ -223,6 +213,9 @@ def test_pad_crop_is_the_trainers(images):
             crop = dataset[0][0]
             crop = crop if prefetcher else ((crop * 0.25 + 0.5) * 255).round().byte()
             assert crop.permute(1, 2, 0).numpy().tobytes() in crops
+    for others, message in ((dict(re_prob=0.1), '--reprob'), (dict(num_aug_splits=2), '--aug-splits')):
+        with pytest.raises(SystemExit, match=f'leave out {message}'):
+            script.create_loader(dataset, (3, 32, 32), 4, **options, **others)
 
 
 def test_without_script_and_network_the_ways_out_are_named(tmp_path, monkeypatch, capsys):

@@ -329,7 +329,10 @@ def check_classes(net: nn.Module, classes: Sequence[object]) -> None:
     """
     own = getattr(net, 'num_classes', len(classes))  # a net of features alone has none
     if own != len(classes):
-        raise ValueError(f'the data has {len(classes)} classes and the net {own}; give the set that it was made for')
+        raise ValueError(
+            f'the data has {len(classes)} classes and the net {own}; give the set that it was made for '
+            '(an npz without `classes` is taken to have those of its labels alone)'
+        )
     config: Any = getattr(net, 'pretrained_cfg', {})
     names, given = [*(config.get('label_names') or ())], [*map(str, classes)]
     if given != names and set(given) == set(names):

@@ -130,6 +130,8 @@ def _with_pad_crop(create_loader: Callable, pad_crop: int) -> Callable:
             return loader
         if options.get('num_aug_splits'):
             raise SystemExit('train.py: --pad-crop makes one image of an image; leave out --aug-splits')
+        if options['re_prob']:
+            raise SystemExit('train.py: --pad-crop augments by crops and flips only; leave out --reprob')
         size = options['input_size'][-2:]
         steps = [
             transforms.Resize(size),

@@ -202,7 +202,10 @@ def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
     train = load_image_set(task.data, True, task.data_dir, task.download)
     test = load_image_set(task.data, False, task.data_dir, task.download)
     if train.classes != test.classes:
-        raise ValueError(f'{len(train.classes)} classes to train and {len(test.classes)} to test, or in another order')
+        raise ValueError(
+            f'{len(train.classes)} classes to train and {len(test.classes)} to test, or in another order; give both '
+            'sets the same (an npz without `classes` is taken to have those of its labels alone)'
+        )
     random_seed(recipe.seed)
     net = make_net(task.model, train, task.pretrained, **recipe.model_kwargs)
     trainer = Trainer(net, recipe, train, test, task.device)
