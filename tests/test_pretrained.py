@@ -177,7 +177,8 @@ def test_which_checkpoint_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, 'checkpoint_root', lambda: tmp_path)
 
     def stage(name: str, input_size: list[int], num_classes: int, **cfg) -> None:
-        config = {'num_classes': num_classes, 'pretrained_cfg': {'input_size': input_size, **cfg}}
+        config = {'architecture': name.partition('.')[0], 'num_classes': num_classes}
+        config['pretrained_cfg'] = {'input_size': input_size, **cfg}
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text(json.dumps(config))
 
@@ -283,12 +284,14 @@ def test_a_fixed_weight_is_not_overwritten_by_a_plain_nets(tmp_path):
         ({'num_classes': 10, 'pretrained_cfg': {'input_size': [32, 32]}}, 'not enough values'),
         ({'num_classes': 10, 'pretrained_cfg': {}}, 'input_size'),
         ({'num_classes': 10}, 'pretrained_cfg'),
+        ({'architecture': 'other', 'pretrained_cfg': {'input_size': [3, 32, 32]}}, 'its net is other'),
     ],
 )
 def test_a_config_that_timm_could_not_use_is_left_out(tmp_path, config, why):
+    whole = {'num_classes': 10, 'input_size': [3, 32, 32]}
     for name, values in (
         ('net.bad', config),
-        ('net.good', {'pretrained_cfg': {'num_classes': 10, 'input_size': [3, 32, 32], 'file': 'elsewhere'}}),
+        ('net.good', {'architecture': 'net', 'pretrained_cfg': {**whole, 'file': 'elsewhere'}}),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text(json.dumps(values))

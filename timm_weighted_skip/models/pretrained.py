@@ -56,7 +56,8 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
     cfgs = {}
     for file in sorted(root.glob('*.*/config.json')):
         name_and_tag = file.parent.name
-        if split_model_name_tag(name_and_tag)[0] not in names:
+        name, _ = split_model_name_tag(name_and_tag)
+        if name not in names:
             continue
         try:
             config = json.loads(file.read_text(encoding='utf-8'))
@@ -70,11 +71,13 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
                 hf_hub_id=f'{HUB_OWNER}/{name_and_tag}',
                 file=str(weights) if weights.is_file() else None,
             )
+            if config['architecture'] != name:
+                raise ValueError(f'its net is {config["architecture"]}, and its folder is named after {name}')
             if not config.get('model_args'):
                 cfgs[name_and_tag] = PretrainedCfg(**cfg)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             # The other checkpoints and every net remain of use.
-            warnings.warn(f'{file} is not a checkpoint config and is left out: {error}', stacklevel=2)
+            warnings.warn(f'{file} is no config of {name_and_tag} and is left out: {error}', stacklevel=2)
     return cfgs
 
 
