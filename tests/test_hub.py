@@ -172,8 +172,33 @@ def test_card_of_a_changed_checkout_says_so(tmp_path):
 
 def test_card_without_results_claims_nothing(tmp_path):
     text = (save_checkpoint(trained_net(), tmp_path / 'net') / 'README.md').read_text()
-    assert 'Nothing was measured with these weights.' in text
+    assert 'No measurement of these weights is recorded.' in text
     assert not ModelCard(text).data.eval_results
+
+
+@pytest.mark.parametrize(
+    ('name', 'args', 'family', 'row'),
+    [
+        ('awm_resnet14_cifar', {'plain': True}, 'An image classification net.', 'awm_resnet14_cifar (plain)'),
+        ('adaresnet14_cifar', {'skip_fixed': True, 'skip_init': 2.0}, 'have fixed weights.', 'adaresnet14_cifar'),
+    ],
+)
+def test_card_says_what_is_not_learned(tmp_path, name, args, family, row):
+    folder = save_checkpoint(timm.create_model(name, **args), tmp_path / 'net', results(), model_args=args)
+    text = (folder / 'README.md').read_text()
+    assert family in text
+    assert f'| **{row}** |' in text
+    assert ('arXiv' in text) != args.get('plain', False)
+
+
+def test_a_license_is_that_of_net_or_results_and_never_ours(tmp_path):
+    net = timm.create_model('awm_resnet14_cifar', pretrained_cfg_overlay={'license': None})
+    folder = save_checkpoint(net, tmp_path / 'net', replace(results(), license=''))
+    card = folder / 'README.md'
+    assert ModelCard.load(card).data.license is None
+    update_results(folder, replace(results(), license='cc-by-nc-4.0'))
+    assert ModelCard.load(card).data.license == 'cc-by-nc-4.0'
+    assert json.loads((folder / 'config.json').read_text())['pretrained_cfg']['license'] == 'cc-by-nc-4.0'
 
 
 def test_snippets_of_the_card_run(folder, tmp_path, monkeypatch):
@@ -297,6 +322,7 @@ def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsy
     result = json.loads((run / 'result.json').read_text())
     assert (measured.seed, measured.seeds, measured.epochs) == (5, [3, 5], 1)
     assert measured.top1[1] == round(result['last']['top1'], 2)
+    assert (measured.split, Results.of_run({**result, 'data': 'folder'}, '').split) == ('test', 'validation')
     capsys.readouterr()
     named = ['adaresnet14_cifar', '--checkpoint', str(run / 'last.safetensors')]
     for source in ([run], [saved], [f'local-dir:{saved}'], named):
@@ -311,6 +337,7 @@ def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsy
     monkeypatch.chdir(run)
     assert saved_config('.', tmp_path / 'here')['results'] == config['results']
     assert saved_config(saved, tmp_path / 'copy') == config
+    assert saved_config(f'local-dir:{saved}', tmp_path / 'same') == config
     assert saved_config(named[0], tmp_path / 'named', *named[1:])['model_args'] == {'sharing': 'kind'}
     # What was measured is not of the best epoch's weights, nor of a net with other arguments.
     assert 'results' not in saved_config(run / 'model_best.safetensors', tmp_path / 'best')

@@ -88,7 +88,9 @@ def test_a_net_that_began_as_a_folders_is_known_elsewhere_and_without_it(tmp_pat
     save_checkpoint(small, tmp_path / 'from', model_args={'hidden': 8})
     monkeypatch.chdir(tmp_path)
     assert train(tmp_path, '--model', 'local-dir:from', '--pretrained') == 0
-    (tmp_path / 'run' / 'result.json').unlink()
+    result = tmp_path / 'run' / 'result.json'
+    assert '--model local-dir:from --data' in json.loads(result.read_text())['command']  # not where it lay
+    result.unlink()
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir('elsewhere')
     assert main(['train', '--resume', str(tmp_path / 'run')]) == 0

@@ -75,8 +75,8 @@ def _block(text: str, language: str = 'python') -> str:
     return f'```{language}\n{text}\n```\n'
 
 
-def _results_section(results: Results, architecture: str) -> str:
-    rows = {f'**{architecture}**': results.top1, **results.comparison}
+def _results_section(results: Results, name: str) -> str:
+    rows = {f'**{name}**': results.top1, **results.comparison}
     table = '\n'.join(f'| {name} | {accuracy(top1)} |' for name, top1 in rows.items())
     own = results.top1[results.seeds.index(results.seed)]
     return (
@@ -99,7 +99,7 @@ def model_card(folder: Path, repo_id: str) -> str:
 
     config = read_json(folder / 'config.json')
     results = Results.from_dict(config['results']) if 'results' in config else None
-    architecture, cfg = config['architecture'], config['pretrained_cfg']
+    architecture, cfg, args = config['architecture'], config['pretrained_cfg'], config.get('model_args', {})
     shape = (1, *cfg['input_size'])
     with torch.device('meta'):
         image = torch.empty(shape)
@@ -107,7 +107,6 @@ def model_card(folder: Path, repo_id: str) -> str:
         stages = build_net(config, folder / 'config.json', features_only=True).eval()(image)
         costs = count_costs(model, image)
         features = model.forward_features(image)  # type: ignore[operator]
-    terms = cfg.get('license', 'apache-2.0')
 
     evaluation: dict[str, Any] = {}
     if results:
@@ -130,18 +129,19 @@ def model_card(folder: Path, repo_id: str) -> str:
         )
     data = ModelCardData(
         library_name='timm',
-        license=terms,
+        license=cfg.get('license'),
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm-weighted-skip'],
         **evaluation,
     )
 
+    learned = 'fixed' if args.get('skip_fixed') else 'learned'
     papers = {'ada': ADARESNET, 'awm': AWM}
     about = {
-        'ada': 'An AdaResNet: the shortcuts of a ResNet have learned weights',
+        'ada': f'An AdaResNet: the shortcuts of a ResNet have {learned} weights',
         'awm': 'A net with Active Weighted Mapping: paths are merged with weights that are inferred from each image',
     }
-    family = architecture[:3]
+    family = '' if args.get('plain') else architecture[:3]
     fill = dict(
         repo_id=repo_id,
         mode='L' if cfg['input_size'][0] == 1 else 'RGB',
@@ -175,7 +175,11 @@ def model_card(folder: Path, repo_id: str) -> str:
         '### Feature Map Extraction\n' + _block(FEATURES.format(**fill)),
         '### Image Embeddings\n' + _block(EMBED.format(**fill)),
         '## Model Comparison\n'
-        + (_results_section(results, architecture) if results else 'Nothing was measured with these weights.\n'),
+        + (
+            _results_section(results, architecture + ' (plain)' * args.get('plain', False))
+            if results
+            else 'No measurement of these weights is recorded.\n'
+        ),
         '## Citation\n' + '\n'.join(_block(c, 'bibtex') for c in (papers.get(family), TIMM) if c),
     ]
     return '\n'.join(parts)

@@ -11,7 +11,7 @@ from torch import nn
 from timm_weighted_skip.layers import is_finite_number
 from timm_weighted_skip.nets import input_channels
 
-__all__ = ['FILES', 'SAMPLE', 'Results', 'args_beside_weights', 'model_config', 'one_line']
+__all__ = ['FILES', 'SAMPLE', 'Results', 'add_results', 'args_beside_weights', 'model_config', 'one_line']
 
 # In a folder of its own: some versions of timm can't choose between two safetensors files side by side.
 SAMPLE = 'sample/logits.safetensors'
@@ -114,7 +114,7 @@ class Results:
             return cls(
                 dataset=dataset,
                 dataset_id=identifier,
-                split='test',
+                split='validation' if run['data'] == 'folder' else 'test',
                 recipe=run['command'],
                 epochs=run['epochs'],
                 seeds=seeds,
@@ -188,9 +188,15 @@ def model_config(
     if args := args_beside_weights(model_args or {}):
         config['model_args'] = args
     if results:
-        config['results'] = results.to_dict()
-        cfg['license'] = results.license or cfg.get('license') or 'apache-2.0'
+        add_results(config, results)
     return config
+
+
+def add_results(config: dict[str, Any], results: Results) -> None:
+    """Have `config` say `results`, and of its weights the license that they name."""
+    config['results'] = results.to_dict()
+    if results.license:
+        config['pretrained_cfg']['license'] = results.license
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import timm_weighted_skip
 from timm_weighted_skip.files import read_json, write_file
 from timm_weighted_skip.hub.card import model_card
 from timm_weighted_skip.hub.checkpoint import validate_checkpoint
-from timm_weighted_skip.hub.config import SAMPLE, Results, model_config
+from timm_weighted_skip.hub.config import SAMPLE, Results, add_results, model_config
 from timm_weighted_skip.hub.weights import write_weights
 from timm_weighted_skip.models.pretrained import HUB_OWNER
 
@@ -87,7 +87,8 @@ def save_checkpoint(
 
 def update_results(folder: Path, results: Results) -> None:
     """Have config and card of a checkpoint directory say `results`, as when more seeds or a baseline were trained."""
-    config = {**read_json(folder / 'config.json'), 'results': results.to_dict()}
+    config = read_json(folder / 'config.json')
+    add_results(config, results)
     _write_config_and_card(folder, config, folder.resolve().name)
 
 

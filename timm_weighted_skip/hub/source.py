@@ -38,7 +38,7 @@ def known_results(source: str) -> Optional[Results]:
     Raises:
         ValueError: The file with the results is damaged.
     """
-    path = Path(source).resolve()
+    path = Path(source.removeprefix('local-dir:')).resolve()
     if (path / 'config.json').is_file():
         config = read_json(path / 'config.json')
         return Results.from_dict(config['results'], str(path / 'config.json')) if 'results' in config else None

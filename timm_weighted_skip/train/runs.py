@@ -367,7 +367,9 @@ def command_of(task: Run) -> str:
     known = task.recipe_name in list_recipes()
     recipe, base = asdict(task.recipe), asdict(load_recipe(task.recipe_name if known else None))
     changed = {name: value for name, value in recipe.items() if value != base[name] and name != 'seed'}
-    source = ['--model', task.model, '--data', task.data, *(['--pretrained'] if task.pretrained else [])]
+    where, model = parse_model_name(task.model)
+    model = f'local-dir:{Path(model).name}' if where == 'local-dir' else task.model  # a path says where, not what
+    source = ['--model', model, '--data', task.data, *(['--pretrained'] if task.pretrained else [])]
     source += ['--recipe', str(task.recipe_name)] if known else []
     return shlex.join(['weighted-skip', 'train', *source, *recipe_arguments({**changed, 'seed': recipe['seed']})])
 
