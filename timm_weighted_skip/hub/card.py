@@ -135,13 +135,13 @@ def model_card(folder: Path, repo_id: str) -> str:
         **evaluation,
     )
 
-    learned = 'fixed' if args.get('skip_fixed') else 'learned'
+    plain, learned = bool(args.get('plain')), 'fixed' if args.get('skip_fixed') else 'learned'
     papers = {'ada': ADARESNET, 'awm': AWM}
     about = {
         'ada': f'An AdaResNet: the shortcuts of a ResNet have {learned} weights',
         'awm': 'A net with Active Weighted Mapping: paths are merged with weights that are inferred from each image',
     }
-    family = '' if args.get('plain') else architecture[:3]
+    family = '' if plain else architecture[:3]
     fill = dict(
         repo_id=repo_id,
         mode='L' if cfg['input_size'][0] == 1 else 'RGB',
@@ -176,7 +176,7 @@ def model_card(folder: Path, repo_id: str) -> str:
         '### Image Embeddings\n' + _block(EMBED.format(**fill)),
         '## Model Comparison\n'
         + (
-            _results_section(results, architecture + ' (plain)' * args.get('plain', False))
+            _results_section(results, architecture + ' (plain)' * plain)
             if results
             else 'No measurement of these weights is recorded.\n'
         ),
