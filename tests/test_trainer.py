@@ -176,7 +176,8 @@ def test_a_start_that_was_refused_leaves_its_folder_free(tmp_path, capsys):
 
 def test_a_run_remembers_where_its_data_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    task, _, _ = task_of(build_parser().parse_args(['train', '--data', 'folder', '--data-dir', 'pictures']))
+    source = ['--model', 'awm_resnet20_cifar', '--data', 'folder', '--data-dir', 'pictures']
+    task, _, _ = task_of(build_parser().parse_args(['train', *source]))
     assert task.data_dir == str(tmp_path / 'pictures')
 
 
