@@ -259,9 +259,8 @@ def test_gates_of_another_scale_are_not_put_behind_a_plain_nets_weights(name, sc
 @pytest.mark.parametrize('source', [{'hf_hub_id': 'me/mine'}, {'url': 'https://example.org/mine.safetensors'}])
 def test_a_source_that_the_user_names_comes_before_our_own_file(name, source):
     assert timm.get_pretrained_cfg(name).file
-    weights = timm.create_model(
-        name, pretrained=False
-    ).state_dict()  # in place of what the source would need a network for
+    # In place of what the source would need a network for.
+    weights = timm.create_model(name, pretrained=False).state_dict()
     net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={**source, 'state_dict': weights})
     asked = {key: net.pretrained_cfg.get(key) for key in ('file', 'hf_hub_id', 'url')}
     assert asked == {'file': None, 'hf_hub_id': None, 'url': None, **source}

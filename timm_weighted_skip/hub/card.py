@@ -135,10 +135,11 @@ def model_card(folder: Path, repo_id: str) -> str:
         **evaluation,
     )
 
-    plain, learned = bool(args.get('plain')), 'fixed' if args.get('skip_fixed') else 'learned'
+    plain = bool(args.get('plain'))
+    weights = 'fixed weights' if args.get('skip_fixed') else 'learned weights'
     papers = {'ada': ADARESNET, 'awm': AWM}
     about = {
-        'ada': f'An AdaResNet: the shortcuts of a ResNet have {learned} weights',
+        'ada': f'An AdaResNet: the shortcuts of a ResNet have {weights}',
         'awm': 'A net with Active Weighted Mapping: paths are merged with weights that are inferred from each image',
     }
     family = '' if plain else architecture[:3]

@@ -42,9 +42,9 @@ class AlternateFreezing:
     are frozen by then, for good). What a phase does not train is frozen to the bit: it needs no gradient, and its last
     gradient is dropped, so that neither momentum nor weight decay can move it and a gradient norm does not count it.
 
-    What the user freezes, before the first call or between two, stays frozen until the user thaws it, unless the phase
-    has it at rest anyway, which tells nothing. `release` lets all else be trained again. The phase depends on the
-    epoch's number alone, so a resumed run lands in the right one.
+    What the user freezes, before the first call or between two, stays frozen until the user thaws it; freezing what the
+    phase has at rest anyway changes nothing and goes unseen. `release` lets all else be trained again. The phase
+    depends on the epoch's number alone, so a resumed run lands in the right one.
 
     Args:
         period: Epochs per phase; 0 trains both together. The paper's best is 3.
