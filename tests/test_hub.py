@@ -396,6 +396,11 @@ def test_convert_and_fold_take_a_run(tmp_path):
         (['inspect', 'count.safetensors'], 'says things of its net that make no sense'),
         (['inspect', 'list.safetensors'], 'says things of its net that make no sense'),
         (['inspect', 'foreign.safetensors'], 'is of a net that is not registered here: no model is called'),
+        (['inspect', 'list.pth'], 'one of another kind is given as --checkpoint, with its model'),
+        (
+            ['inspect', 'adaresnet14_cifar', '--checkpoint', 'run/checkpoint-2.pth.tar'],
+            'give run/checkpoint-2.safetensors',
+        ),
         (['save', 'adaresnet14_cifar', '--checkpoint', 'list.pth', '--output', 'x'], 'list.pth is not a checkpoint'),
         (['save', 'adaresnet14_cifar', '--checkpoint', 'empty.pth', '--output', 'x'], 'empty.pth is not a checkpoint'),
     ],
@@ -419,6 +424,8 @@ def test_what_a_run_can_not_give_is_one_clear_line(tmp_path, capsys, monkeypatch
         safetensors.torch.save_file(net.state_dict(), f'{name}.safetensors', {**about.metadata(), **change})
     torch.save([1, 2], 'list.pth')
     Path('empty.pth').touch()
+    safetensors.torch.save_file(net.state_dict(), 'run/checkpoint-2.safetensors', about.metadata())
+    torch.save({'model': about.model, 'updates': 2}, 'run/checkpoint-2.pth.tar')
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
     assert why in error

@@ -87,7 +87,10 @@ class Trained:
             with safe_open(file, 'pt') as opened:
                 about = opened.metadata() or {}
         except SafetensorError as error:
-            raise ValueError(f'{file} is not a whole safetensors file ({error})') from None
+            raise ValueError(
+                f'{file} is not a whole safetensors file ({error}); one of another kind is given as --checkpoint, with '
+                'its model'
+            ) from None
         names = {field.name for field in fields(cls)}
         if missing := names - about.keys() - {'license'}:
             raise ValueError(
@@ -353,4 +356,6 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
     except (*DAMAGED, RuntimeError, TypeError, LookupError, AttributeError, EOFError) as error:
         # The first sentence: some go on with how to load files that may run code.
         reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
-    raise ValueError(f'{file} is not a checkpoint that can be read: {reason}')
+    weights = file.with_name(file.name.replace('.pth.tar', '.safetensors'))  # of a state that our trainer wrote
+    instead = f'; give {weights}' if weights != file and weights.is_file() else ''
+    raise ValueError(f'{file} is not a checkpoint that can be read: {reason}{instead}')
