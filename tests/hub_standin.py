@@ -119,7 +119,7 @@ class Requests(BaseHTTPRequestHandler):
             self.reply(200, b'<html>Log in to go on.</html>')
             return
         if active and not self.truncate:
-            self.reply(fault.action, {'error': f'told to answer {fault.action}'})
+            self.reply(fault.action, {'error': f'told to answer {fault.action} to {self.headers["Authorization"]}'})
             return
         token = (self.headers.get('Authorization') or '').removeprefix('Bearer ')
         self.user = self.state.users.get(token)

@@ -34,6 +34,7 @@ parser.add_argument('-b', '--batch-size', type=int, default=8)
 parser.add_argument('-j', '--workers', type=int, default=0)
 parser.add_argument('--epochs', type=int, default=3)
 parser.add_argument('--sched', default='cosine')
+parser.add_argument('--sched-on-updates', action='store_true')
 
 
 def _parse_args():

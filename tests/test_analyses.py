@@ -46,12 +46,13 @@ MNIST = np.array(
 UNITS = [f'layer{s}.{b}' for s in range(1, 5) for b in range(2)]
 
 
-def collected(weights, labels, kinds=None, **controls):
+def collected(weights, labels, kinds=None, predictions=None, **controls):
     weights = np.asarray(weights, np.float32)
     units = [f'layer1.{u}' for u in range(weights.shape[1])]
     labels = np.asarray(labels)
     kinds = kinds or ['identity'] * len(units)
-    return Collected(units, kinds, np.full(len(units), 0.5), weights, labels, labels, controls)
+    predictions = labels if predictions is None else np.asarray(predictions)
+    return Collected(units, kinds, np.full(len(units), 0.5), weights, labels, predictions, controls)
 
 
 def test_variance_of_the_papers_tables():
@@ -60,6 +61,9 @@ def test_variance_of_the_papers_tables():
     assert value['within', 'cifar10'] == pytest.approx(0.0074349, abs=5e-8)
     assert value['within', 'mnist'] == pytest.approx(0.0112865, abs=5e-8)
     assert value['between', 'cifar10, mnist'] == pytest.approx(0.1204970, abs=5e-8)
+    by_unit = result.tables['variance_units'].records()
+    for name in ('cifar10', 'mnist'):
+        assert np.mean([row[f'{name} variance'] for row in by_unit]) == pytest.approx(value['within', name])
 
 
 def test_variance_refuses_groups_that_do_not_compare():
@@ -81,7 +85,9 @@ def test_rounds_side_by_side_with_their_mean():
 
 
 def test_statistics_of_gates_over_images_and_classes():
-    result = gate_table(collected([[0.2, 0.5], [0.4, 0.5], [0.9, 0.5]], [0, 0, 2]), ['cat', 'dog', 'eel'])
+    read = collected([[0.2, 0.5], [0.4, 0.5], [0.9, 0.5]], [0, 0, 2], predictions=[0, 1, 2])
+    result = gate_table(read, ['cat', 'dog', 'eel'])
+    assert read.accuracy == pytest.approx(200 / 3)
     first, second = (row[3:] for row in result.tables['weights'].rows)
     assert first == pytest.approx([0.5, 0.26 / 3, 0.2, 0.9], abs=1e-6)
     assert second == pytest.approx([0.5, 0, 0.5, 0.5])
@@ -99,10 +105,18 @@ def test_extremes_are_the_images_of_the_lowest_and_highest_sums():
     weights = [[0.5, 0.5], [0.1, 0.2], [0.9, 0.9], [0.3, 0.1], [0.8, 0.9]]
     pictures = []
     result = extreme_images(
-        collected(weights, [0, 1, 0, 1, 0]), ['cat', 'dog'], lambda i: pictures.append(i) or Image.new('L', (4, 4)), 2
+        collected(weights, [0, 1, 0, 1, 0], predictions=[0, 1, 1, 0, 0]),
+        ['cat', 'dog'],
+        lambda i: pictures.append(i) or Image.new('L', (4, 4)),
+        2,
     )
-    rows = [(row[0], row[2], row[3]) for row in result.tables['extremes'].rows]
-    assert rows == [('lowest', 1, 'dog'), ('lowest', 3, 'dog'), ('highest', 2, 'cat'), ('highest', 4, 'cat')]
+    rows = [(row[0], *row[2:5]) for row in result.tables['extremes'].rows]
+    assert rows == [
+        ('lowest', 1, 'dog', 'dog'),
+        ('lowest', 3, 'dog', 'cat'),
+        ('highest', 2, 'cat', 'dog'),
+        ('highest', 4, 'cat', 'cat'),
+    ]
     assert pictures == [1, 3, 2, 4]
     with pytest.raises(ValueError, match='DenseNet'):
         extreme_images(collected(weights, [0] * 5, ['concat'] * 2), ['cat'], lambda i: None)
@@ -125,6 +139,9 @@ def test_separate_classes_are_identified_and_noise_is_at_chance():
     assert rate['weights', 1] == pytest.approx([100, 100, 100])
     assert max(rank for _, rank in rate) == 4  # all classes
     assert rate['noise', 4][0] == 100
+    assert result.tables['discriminate_dimensions'].rows[0][3] == 3  # one less than the classes
+    kept = discriminate(*sets, dims=2).tables['discriminate_dimensions']
+    assert [row[3] for row in kept.rows] == [2, 2]
     for rank in (1, 2, 3):
         _, low, high = rate['noise', rank]
         assert low < 25 * rank < high
@@ -202,14 +219,14 @@ def test_a_run_is_read_under_timms_names(tmp_path):
 
 def test_a_sweep_averages_over_seeds(tmp_path):
     runs = [
-        write_run(tmp_path / f'{model}{t}{seed}', [80, 91 - t + seed], 'ab', model=model, recipe={'t': t})
+        write_run(tmp_path / f'{model}{t}{seed}', [95, 91 - t + seed], 'ab', model=model, recipe={'t': t})
         for model in ('awm_resnet20', 'awm_resnet8')
         for t in (3, 0)
         for seed in (0, 2)
     ]  # fmt: skip
     rows = sweep(runs, 'recipe.t').tables['sweep'].rows
     assert [row[:3] for row in rows] == [[model, t, 2] for model in ('awm_resnet20', 'awm_resnet8') for t in (0, 3)]
-    assert rows[0][3:] == pytest.approx([8, 2**0.5, 8])
+    assert rows[0][3:] == pytest.approx([8, 2**0.5, 5])
     rows = sweep(runs, 'depth').tables['sweep'].rows
     assert [row[:3] for row in rows] == [['awm_resnet', depth, 4] for depth in (8, 20)]
     with pytest.raises(ValueError, match=r"has no 'recipe\.lr'; there is t"):

@@ -105,6 +105,8 @@ def test_extremes_and_discriminate(folder, tmp_path):
     assert sums[16:] == sorted(sums[16:], reverse=True)
     assert sums[15] < sums[31]
     rate = {(row['vector'], int(row['rank'])): float(row['rate (%)']) for row in rows(tmp_path / 'discriminate.csv')}
+    about = json.loads((tmp_path / 'discriminate.json').read_text())['about']
+    assert (about['training images'], about['test images']) == (1437, 360)
     assert rate['pixels', 1] > 80  # the digits are easy
     assert {name for name, _ in rate} == {'weights', 'random gates', 'features', 'pixels'}
     assert all(rate[name, k] <= rate[name, k + 1] for name, k in rate if k < 10)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from torch.nn.functional import cross_entropy
 
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.train.evaluate import evaluate_on
@@ -14,6 +15,20 @@ def test_images_too_small_for_the_net_are_refused():
     data = ImageSet(torch.zeros(10, 16, 16, 3, dtype=torch.uint8), torch.arange(10), tuple('abcdefghij'))
     with pytest.raises(ValueError, match='images of 16x16 pixels are too small; the net takes 28x28 and more'):
         evaluate_on(timm.create_model('adaresnet18_released'), data)
+
+
+def test_loss_and_accuracies_are_means_over_the_images():
+    net = timm.create_model('awm_resnet14_cifar.digits', pretrained=True).eval()
+    data = load_image_set('digits', train=False)
+    data = replace(data, images=data.images[:50], labels=data.labels[:50].roll(1))  # most of them wrong
+    mean, std = (net.pretrained_cfg[name][0] for name in ('mean', 'std'))
+    output = net(((data.images / 255 - mean) / std).permute(0, 3, 1, 2)).detach()
+    best = output.topk(5).indices == data.labels[:, None]
+    expected = {'loss': cross_entropy(output, data.labels).item(), 'top1': 100 * best[:, 0].double().mean().item()}
+    expected['top5'] = 100 * best.sum().item() / 50
+    measured = evaluate_on(net, data, batch_size=16)  # the last batch has two images
+    assert measured == pytest.approx({'images': 50, **expected}, rel=1e-5)
+    assert 0 < measured['top1'] < measured['top5']
 
 
 def test_classes_in_another_order_than_the_nets_are_refused():

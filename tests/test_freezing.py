@@ -83,6 +83,14 @@ def test_under_the_usual_training_options(kwargs):
     assert_alternates(net, net, create_optimizer_v2(net, **SGD), AlternateFreezing(1), range(3), **kwargs)
 
 
+def test_gradients_that_are_kept_as_zeros_do_not_hinder():
+    net = make_net()
+    optimizer = create_optimizer_v2(net, **SGD)
+    zero_grad = optimizer.zero_grad
+    optimizer.zero_grad = lambda: zero_grad(set_to_none=False)
+    assert_alternates(net, net, optimizer, AlternateFreezing(1), range(3))
+
+
 def test_under_checkpointing():
     net = make_net()
     net.set_grad_checkpointing()
@@ -233,9 +241,10 @@ def test_released_rule_trains_biases_in_both_phases():
         assert {name for name in after if after[name] != before[name]} == moving
 
 
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'awm_densenet22_bc_cifar'])
 @pytest.mark.parametrize('frozen', [False, True])
-def test_running_statistics_of_a_gate_phase(frozen):
-    net = make_net()
+def test_running_statistics_of_a_gate_phase(frozen, name):
+    net = make_net(name)
     optimizer, freezing = create_optimizer_v2(net, **SGD), AlternateFreezing(1, freeze_bn_stats=frozen)
     for epoch in range(3):
         before = {name: b.clone() for name, b in net.named_buffers()}

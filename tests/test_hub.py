@@ -16,6 +16,7 @@ from checkpoints import NAME, make_checkpoint, results, trained_net
 from conftest import randomise
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_bad_checkpoints import Bomb
 
 from timm_weighted_skip import cli
 from timm_weighted_skip.convert import to_awm
@@ -74,6 +75,8 @@ def test_nets_of_other_arguments(tmp_path, name, args):
     assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x), net(x))
     loaded = validate_checkpoint(folder)
     assert loaded.num_classes == net.num_classes
+    assert 'num_classes' not in args or 'label_names' not in loaded.pretrained_cfg  # those of other classes
+    assert folder.stat().st_mode & 0o777 == 0o755
     image = Image.fromarray(np.zeros((40, 40, 3), np.uint8))
     config = timm.data.resolve_model_data_config(loaded)
     transform = timm.data.create_transform(**config)  # as the card has it
@@ -352,11 +355,19 @@ def test_a_saved_run_says_nothing_of_other_weights_of_its_model(tmp_path):
     config = saved_config(run, tmp_path / 'saved')
     cfg = config['pretrained_cfg']
     assert (cfg['input_size'], cfg['num_classes'], cfg['label_names']) == ([3, 64, 64], 5, [*'abcde'])
+    assert cfg['crop_pct'] == 1.0
     assert not {'test_input_size', 'test_crop_pct', 'origin_url', 'tag'} & cfg.keys()
     assert cfg['license'] == 'cc-by-nc-4.0'  # the weights may have been its
     assert 'license: cc-by-nc-4.0' in (tmp_path / 'saved/README.md').read_text()
     (run / 'result.json').unlink()
     assert 'results' not in saved_config(run, tmp_path / 'unfinished')
+
+
+def test_of_a_checkpoint_with_a_moving_average_the_average_is_loaded(tmp_path):
+    raw, average = (timm.create_model('adaresnet14_cifar').state_dict() for _ in range(2))
+    torch.save({'state_dict': raw, 'state_dict_ema': average}, tmp_path / 'model_best.pth.tar')
+    net = load_net('adaresnet14_cifar', tmp_path / 'model_best.pth.tar')
+    assert torch.equal(net.conv1.weight, average['conv1.weight'])
 
 
 def test_anothers_weights_have_no_classes_of_our_checkpoint(tmp_path):
@@ -401,6 +412,7 @@ def test_convert_and_fold_take_a_run(tmp_path):
             ['inspect', 'adaresnet14_cifar', '--checkpoint', 'run/checkpoint-2.pth.tar'],
             'give run/checkpoint-2.safetensors',
         ),
+        (['save', 'adaresnet14_cifar', '--checkpoint', 'evil.pth', '--output', 'x'], 'evil.pth is not a checkpoint'),
         (['save', 'adaresnet14_cifar', '--checkpoint', 'list.pth', '--output', 'x'], 'list.pth is not a checkpoint'),
         (['save', 'adaresnet14_cifar', '--checkpoint', 'empty.pth', '--output', 'x'], 'empty.pth is not a checkpoint'),
     ],
@@ -423,6 +435,7 @@ def test_what_a_run_can_not_give_is_one_clear_line(tmp_path, capsys, monkeypatch
     }.items():
         safetensors.torch.save_file(net.state_dict(), f'{name}.safetensors', {**about.metadata(), **change})
     torch.save([1, 2], 'list.pth')
+    torch.save({'state_dict': Bomb(Path('executed'))}, 'evil.pth')
     Path('empty.pth').touch()
     safetensors.torch.save_file(net.state_dict(), 'run/checkpoint-2.safetensors', about.metadata())
     torch.save({'model': about.model, 'updates': 2}, 'run/checkpoint-2.pth.tar')
@@ -431,6 +444,7 @@ def test_what_a_run_can_not_give_is_one_clear_line(tmp_path, capsys, monkeypatch
     assert why in error
     assert error.count('\n') == 1
     assert not Path('x').exists()
+    assert not Path('executed').exists()
 
 
 def test_fold_reports_what_stays_weighted(tmp_path, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ import torch
 import yaml
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.scheduler import create_scheduler_v2
 
 from timm_weighted_skip.train import launcher
+from timm_weighted_skip.train.hook import install
 from timm_weighted_skip.train.recipe import list_recipes, recipe_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +126,38 @@ def test_gate_epochs_on_top(script, images, tmp_path):
     assert phases(tmp_path, 9) == 'gbg'
 
 
+def test_gate_epochs_on_top_take_the_schedules_rates_twice():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    script = SimpleNamespace(
+        __name__='train', train_one_epoch=None, create_scheduler_v2=create_scheduler_v2, create_loader=None
+    )
+    install(script, argparse.Namespace(alternate_freeze=2, alternate_count='extra'))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    scheduler, epochs = script.create_scheduler_v2(optimizer, sched='multistep', decay_milestones=[3], num_epochs=4)
+    rates = []
+    for epoch in range(epochs):
+        scheduler.step(epoch)
+        rates.append(round(optimizer.param_groups[0]['lr'], 8))
+    assert rates == [0.1] * 4 + [0.01] * 4
+
+
+def test_running_statistics_are_kept_in_gate_phases():
+    net, moved = timm.create_model(MODEL), []
+
+    def train_one_epoch(epoch, model):
+        before = model.bn1.running_mean.clone()
+        model.train()(torch.randn(2, 3, 8, 8))
+        moved.append(not torch.equal(model.bn1.running_mean, before))
+
+    script = SimpleNamespace(
+        __name__='train', train_one_epoch=train_one_epoch, create_scheduler_v2=None, create_loader=None
+    )
+    install(script, argparse.Namespace(alternate_freeze=1, alternate_bn_stats=True))
+    for epoch in range(3):
+        script.train_one_epoch(epoch, net)
+    assert moved == [True, False, True]
+
+
 def test_resuming_lands_in_the_phase_of_its_epoch(script, images, tmp_path):
     more = ('--alternate-freeze', 2, '--sched', 'step', '--epochs')
     assert launch(script, images, tmp_path / 'a', *more, 3).returncode == 0
@@ -161,6 +196,10 @@ def test_device_module_without_a_launcher(script, images, tmp_path):
     [
         (('--alternate-freeze', '-1'), 'period=-1'),
         (('--pad-crop', '-4'), 'pad_crop=-4'),
+        (
+            ('--alternate-freeze', '3', '--alternate-count', 'extra', '--sched-on-updates'),
+            'leave out --sched-on-updates',
+        ),
         (('-c', 'awm_nope'), "no recipe 'awm_nope'; give a YAML file or one of"),
         (('--alternate-freeze', '3', '--alternate-rule', 'loose'), "'strict', 'released'"),
     ],
@@ -190,11 +229,8 @@ def test_help_has_both_the_scripts_options_and_ours(script):
 
 def test_pad_crop_is_the_trainers(images):
     """The launcher's crop and the trainer's draw from the same images: zero padding, every offset."""
-    from types import SimpleNamespace
-
     from timm.data import ImageDataset, create_loader
-
-    from timm_weighted_skip.train.hook import install
+    from torchvision.transforms import RandomCrop
 
     script = SimpleNamespace(
         __name__='train', train_one_epoch=None, create_scheduler_v2=None, create_loader=create_loader
@@ -213,6 +249,10 @@ def test_pad_crop_is_the_trainers(images):
             crop = dataset[0][0]
             crop = crop if prefetcher else ((crop * 0.25 + 0.5) * 255).round().byte()
             assert crop.permute(1, 2, 0).numpy().tobytes() in crops
+        for as_it_is in (dict(is_training=False), dict(no_aug=True)):
+            dataset = ImageDataset(str(images), split='train')
+            script.create_loader(dataset, (3, 32, 32), 4, use_prefetcher=prefetcher, **{**options, **as_it_is})
+            assert not any(isinstance(step, RandomCrop) for step in dataset.transform.transforms)
     for others, message in ((dict(re_prob=0.1), '--reprob'), (dict(num_aug_splits=2), '--aug-splits')):
         with pytest.raises(SystemExit, match=f'leave out {message}'):
             script.create_loader(dataset, (3, 32, 32), 4, **options, **others)

@@ -37,6 +37,13 @@ def test_fresh_mapping_is_the_plain_sum_to_the_bit(dtype):
     assert torch.equal(ActiveWeightedMapping(4, dtype=dtype)(residual, shortcut), residual + shortcut)
 
 
+def test_parameters_that_are_reset_are_those_of_a_fresh_mapping():
+    layer = trained(ActiveWeightedMapping(4))
+    layer.apply(lambda module: module.reset_parameters() if hasattr(module, 'reset_parameters') else None)
+    residual, shortcut = maps(dtype=torch.float32)
+    assert torch.equal(layer(residual, shortcut), residual + shortcut)
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('units', [2, 3, 7, 25, 49])
 def test_fresh_concat_passes_through_to_the_bit(units, dtype):
@@ -144,6 +151,7 @@ def test_normal_start_closes_identity_units_and_draws_projections():
     projection, identity = make(8, True), make(8, False)
     assert projection.weight != 0
     assert identity.weight == 0
+    assert skip_weights('unified', init='normal')(8, False).weight != 0  # it is the projections', too
     torch.manual_seed(0)
     draws = torch.stack([skip_weights(init='normal')(8, True).weight.detach() for _ in range(500)])
     assert draws.std().item() == pytest.approx(0.05, rel=0.1)

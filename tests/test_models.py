@@ -235,6 +235,11 @@ def test_sharing_a_weight_shares_the_parameter():
     assert {unit.weight.item() for unit in mapping_units(fixed)} == {2.0}
 
 
+def test_skips_of_adaresnets_start_closed():
+    for name in ('adaresnet14_cifar', 'adaresnet18', 'adaresnet18_released', 'adaresnet50'):
+        assert {unit.weight.item() for unit in mapping_units(timm.create_model(name))} == {0.0}
+
+
 def test_a_shared_weight_takes_one_value():
     own = timm.create_model('adaresnet14_cifar', skip_init=0.5)
     for sharing in ('kind', 'unified'):
@@ -248,6 +253,9 @@ def test_a_shared_weight_takes_one_value():
             RuntimeError, match=r'layer2\.0\.merge\.weight.*one weight in this net, and their values differ'
         ):
             timm.create_model('adaresnet14_cifar', sharing=sharing).load_state_dict(own.state_dict())
+        within = nn.Sequential(timm.create_model('adaresnet14_cifar', sharing=sharing))
+        with pytest.raises(RuntimeError, match=r'0\.layer2\.0\.merge\.weight.*one weight in this net'):
+            within.load_state_dict(nn.Sequential(own).state_dict())
     timm.create_model('adaresnet14_cifar').load_state_dict(own.state_dict())
 
 

@@ -107,6 +107,7 @@ def test_publishing_again_makes_no_commit_until_something_changes(hub, folder, t
 @pytest.mark.parametrize(
     ('request_pattern', 'action', 'why'),
     [
+        ('POST /api/repos/create', 400, r'told to answer 400 to Bearer \*\*\*'),
         ('POST /api/repos/create', 401, 'the token is not valid'),
         ('POST /api/repos/create', 'drop', 'could not be reached'),
         ('POST /api/repos/create', 'page', 'no answer of the Hub'),

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_bad_checkpoints import Bomb
 from training import ONE_THREAD, train_args
 
 from timm_weighted_skip.cli import main
@@ -92,16 +94,54 @@ def test_a_run_that_went_on_elsewhere_tells_what_trained_which_epochs(stopped_ru
 
 
 def test_a_run_that_went_on_where_it_was_tells_of_one_machine(stopped_run, monkeypatch):
+    file = next(stopped_run.glob('checkpoint-*.pth.tar'))
+    state = torch.load(file, weights_only=True)
+    state['book']['wall_time'] += 3600
+    torch.save(state, file)
     monkeypatch.setattr(runs.platform, 'processor', lambda: 'one machine')
     assert main(['train', '--resume', str(stopped_run)]) == 0
     result = json.loads((stopped_run / 'result.json').read_text())
     assert (result['device'], result['from_epoch'], result['earlier']) == ('one machine', 0, [])
+    assert 3600 < result['wall_time'] < 7200
+
+
+@pytest.mark.parametrize(
+    ('named', 'change'),
+    [
+        ('classes', lambda data: replace(data, classes=data.classes[::-1])),
+        ('input_size', lambda data: replace(data, images=data.images.repeat(1, 2, 1, 1))),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_images(stopped_run, monkeypatch, capsys, named, change):
+    load = runs.load_image_set
+    monkeypatch.setattr(runs, 'load_image_set', lambda *args: change(load(*args)))
+    assert main(['train', '--resume', str(stopped_run)]) == 1
+    assert f'began with other {named}' in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_other_pixel_means(stopped_run, monkeypatch, capsys):
     monkeypatch.setattr(trainer, 'normalisation', lambda recipe, net, data: ((0.1,), (0.9,)))
     assert main(['train', '--resume', str(stopped_run)]) == 1
     assert 'began with other mean, std than the images and awm_resnet14_cifar have now' in capsys.readouterr().err
+
+
+def test_ctrl_c_after_the_best_epoch_leaves_its_weights(tmp_path, monkeypatch):
+    train_epoch, best, kept = Trainer.train_epoch, tmp_path / 'run' / 'model_best.safetensors', []
+
+    def interrupted(self, progress):
+        def stop(images, loss):
+            progress(images, loss)
+            if self.position.epoch == 1:
+                kept.append(best.read_bytes())
+                signal.raise_signal(signal.SIGINT)
+
+        return train_epoch(self, stop)
+
+    monkeypatch.setattr(Trainer, 'train_epoch', interrupted)
+    with pytest.raises(SystemExit):
+        main(train_args(tmp_path))
+    assert checkpoints.read_checkpoint(tmp_path / 'run', [''])[1]['batch'] == 1
+    assert best.read_bytes() == kept[0]
 
 
 @pytest.mark.parametrize('name', ['last.safetensors', 'model_best.safetensors'])
@@ -163,6 +203,11 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path, capsys):
         path.write_bytes(whole[: len(whole) // 2])
         refused('is not a whole')
         path.write_bytes(whole)
+    whole, mark = state.read_bytes(), tmp_path / 'executed'
+    torch.save({'updates': Bomb(mark)}, state)
+    refused('is not a whole checkpoint')
+    assert not mark.exists()
+    state.write_bytes(whole)
     log = folder / 'log.jsonl'
     log.write_text(log.read_text()[:-9])
     refused(f'{log} is damaged')

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from timm_weighted_skip.cli import main
 from timm_weighted_skip.hub import save_checkpoint
@@ -65,7 +67,9 @@ def test_a_net_from_weights_of_ones_own_can_be_loaded_again(tmp_path, capsys):
     backbone = tmp_path / 'backbone.safetensors'
     save_file(timm.create_model('awm_resnet14_cifar').state_dict(), backbone)
     overlay = f'pretrained_cfg_overlay={dict(file=str(backbone))}'
-    assert train(tmp_path, '--pretrained', '--model-kwargs', overlay) == 0
+    assert train(tmp_path, '--pretrained', '--lr', '0', '--model-kwargs', overlay) == 0
+    weights = load_file(tmp_path / 'run' / 'last.safetensors')['layer1.0.conv1.weight']
+    assert torch.equal(weights, load_file(backbone)['layer1.0.conv1.weight'])  # it began with them
     accuracy = json.loads((tmp_path / 'run' / 'result.json').read_text())['last']['top1']
     capsys.readouterr()
     assert main(['eval', str(tmp_path / 'run'), '--data', 'digits']) == 0
@@ -105,6 +109,14 @@ def test_a_net_with_a_deep_stem_is_evaluated_and_read_too(tmp_path):
     assert train(tmp_path, '--model', 'awm_resnet18', '--model-kwargs', *small, *stem) == 0
     for command in ('eval', 'inspect'):
         assert main([command, str(tmp_path / 'run'), '--data', 'digits']) == 0
+
+
+def test_images_to_test_of_other_classes_are_refused(tmp_path, capsys):
+    images, labels = np.zeros((4, 8, 8, 1), np.uint8), np.arange(4)
+    for split, classes in (('train', 'abcd'), ('test', 'abdc')):
+        np.savez(tmp_path / f'own_{split}.npz', images=images, labels=labels, classes=[*classes])
+    assert train(tmp_path, '--data', 'own', '--data-dir', str(tmp_path), '--batch-size', '2') == 1
+    assert '4 classes to train and 4 to test, or in another order' in capsys.readouterr().err
 
 
 def test_a_run_too_short_for_its_gates_says_so(tmp_path, capsys):

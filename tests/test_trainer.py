@@ -301,9 +301,9 @@ def test_the_command_of_a_run_asks_for_it(tmp_path, name):
     if name is None:  # a file of one's own is told field by field, whatever it is called
         path = tmp_path / 'awm_cifar.yaml'
         path.write_text(yaml.safe_dump({'lr': 0.3, 'opt_betas': [0.8, 0.9], 'decay_milestones': [3, 5]}))
-    source = ['--model', 'awm_resnet14_cifar', '--data', 'digits', '--recipe', name or str(path)]
+    source = ['--model', 'awm_resnet14_cifar', '--data', 'digits', '--pretrained', '--recipe', name or str(path)]
     task, seeds, _ = task_of(build_parser().parse_args(['train', *source, *given, '--seed', '3']))
     command = shlex.split(command_of(task))
     again, same_seeds, _ = task_of(build_parser().parse_args(command[1:]))
     assert (again.model, again.data, again.recipe, same_seeds) == (task.model, task.data, task.recipe, seeds)
-    assert again.recipe_name == name
+    assert (again.recipe_name, again.pretrained) == (name, True)
