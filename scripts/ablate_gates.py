@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a trained AWM net owes to its gates: its test accuracy with other weights in their place, all else unchanged.
 
-    scripts/ablate_gates.py awm_resnet20_cifar.cifar10 --data cifar10 --data-dir DIR --recipe awm_cifar_short
+    scripts/ablate_gates.py awm_resnet20_cifar.cifar10 --data cifar10 --data-dir DIR --recipe awm_cifar
 
 `mean` gives every image the mean of the weights over the training images, `plain` the weights of the plain net. A batch
 norm's running statistics fit the weights that they were taken with, so each accuracy comes twice: with the statistics

@@ -1,6 +1,6 @@
 """hatchling's build hook: the checkpoint directories of hub_cards as `timm_weighted_skip/checkpoints` in the wheel.
 
-Weights of 10 MB and more stay out; their config goes in and names the Hub repository to load from.
+Weights of 10 MB and more stay out; their config goes in, and its folder is called as the Hub repository to load from.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """The report and the checkpoints of `scripts/reproduce.py`: tables, figures and verdicts, all from the results' files.
 
-In REPORT.md and the README, what stands between `<!-- NAME -->` and `<!-- /NAME -->` is written here and nowhere else.
+What stands between `<!-- NAME -->` and `<!-- /NAME -->` in REPORT.md, and in the README's sections `reproduction` and
+`checkpoints`, is written here and nowhere else.
 """
 
 import json

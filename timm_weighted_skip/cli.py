@@ -155,7 +155,7 @@ def add_curves(verbs) -> None:
     parser = verbs.add_parser('curves', help='accuracy and loss of several runs, or what a sweep ends at')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder with log.jsonl or summary.csv, or of its seeds')
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument('--error', action='store_true', help='error instead of accuracy')
+    shown.add_argument('--error', action='store_true', help='draw the error instead of the accuracy')
     shown.add_argument('--against', metavar='FIELD',
                        help="last error against a field of result.json, such as recipe.lr, or 'depth'")  # fmt: skip
     _set_analysis(parser, 'curve_result')
@@ -244,7 +244,9 @@ def add_convert(verbs) -> None:
 
 def add_fold(verbs) -> None:
     """`fold`: an AdaResNet as a plain ResNet."""
-    parser = verbs.add_parser('fold', help="fold an AdaResNet's weights into its layers: a plain net, the same output")
+    parser = verbs.add_parser(
+        'fold', help="fold an AdaResNet's weights into its layers: the same output of a plain net, but where w <= 0"
+    )
     add_source(parser)
 
     def run(args: argparse.Namespace) -> None:
@@ -312,7 +314,10 @@ def add_train(verbs) -> None:
     parser.add_argument('--model', help=f'timm model name ({MODEL})')
     parser.add_argument('--pretrained', action='store_true', help='start from its checkpoint')
     add_data_arguments(parser)
-    parser.add_argument('--recipe', metavar='NAME', help=f'a YAML file, or one of {", ".join(list_recipes())}')
+    recipes = ', '.join(list_recipes())
+    parser.add_argument(
+        '--recipe', metavar='NAME', help=f"a YAML file, or one of {recipes} (awm_imagenet is for timm's script)"
+    )
     parser.add_argument('--seeds', type=int, nargs='+', metavar='S', help='a run for each, and their mean')
     parser.add_argument('--output', default='runs', metavar='DIR', help='where the folders of runs are (%(default)s)')
     parser.add_argument('--experiment', metavar='NAME', help="the run's folder in there (<model>-<data>[-<recipe>])")

@@ -43,7 +43,7 @@ def set_fused_merge(enable: bool = True) -> None:
     """Whether blocks may weigh and apply norm or ReLU in one step, for every net of this process; on by default.
 
     A net computes the same either way, up to rounding; in eager mode weights at identity give the plain net's output to
-    the last bit.
+    the last bit (those of a DenseNet in training, to float32's rounding).
     """
     global _enabled
     _enabled = enable

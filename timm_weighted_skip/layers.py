@@ -48,7 +48,7 @@ class SkipWeight(nn.Module):
         plain: `F + s`, without a weight.
 
     Raises:
-        ValueError: `init` is neither a finite number nor 'normal', or a switch is no bool.
+        ValueError: `init` is neither a finite number nor 'normal', or a switch neither true nor false.
     """
 
     def __init__(self, init: SkipInit = 0.0, fixed: bool = False, plain: bool = False, device=None, dtype=None) -> None:

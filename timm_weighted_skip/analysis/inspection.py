@@ -37,7 +37,7 @@ def skip_rounds(models: Sequence[nn.Module]) -> tuple[list[MappingUnit], np.ndar
     w = [[float(unit.weight) for unit in units if unit.weight is not None] for units in rounds]
     for number, (units, values) in enumerate(zip(rounds, w), 1):
         if len(values) < len(units):
-            raise ValueError(f'net {number} is an AWM net: its weights depend on the image; give it alone with --data')
+            raise ValueError(f'net {number} is an AWM net: its weights depend on the image; inspect it alone')
         if [unit.name for unit in units] != [unit.name for unit in rounds[0]]:
             raise ValueError(
                 f'net {number} has {len(units)} mapping units and net 1 has {len(rounds[0])}, or of other names; '

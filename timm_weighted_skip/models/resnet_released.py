@@ -22,7 +22,7 @@ __all__ = ['ReleasedResNet', 'released_cfg']
 class CentredConv2d(nn.Conv2d):
     """A convolution of 3x3, padded by 1, that for maps of one pixel reads its centre alone: the rest meets padding.
 
-    The last stage has such maps and three quarters of the net's weights, which cost a CPU a quarter of a step.
+    The last stage, with three quarters of the net's weights, has no others, which would cost a CPU a quarter of a step.
     Traced and exported nets keep the whole kernel, since they may be given other sizes.
     """
 

@@ -36,7 +36,7 @@ class Batches:
         channels_last: Memory layout of x.
 
     Raises:
-        ValueError: Means do not fit the channels, or a batch has more images than there are.
+        ValueError: Means do not fit the channels.
     """
 
     def __init__(
