@@ -11,7 +11,6 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 # As few layers as have every kind of unit: a compiler takes longer with each, and sees nothing new in it.
 NETS = {
     'awm_resnet14_cifar': dict(layers=(1, 1, 1)),
-    'adaresnet14_cifar': dict(layers=(1, 1, 1)),
     'awm_densenet22_bc_cifar': dict(block_config=(1, 2, 2)),
     'adaresnet18_released': dict(layers=(2, 1, 1, 1)),
     'awm_resnet50': dict(layers=(1, 1, 1, 1)),
