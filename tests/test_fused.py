@@ -90,7 +90,7 @@ def test_weights_near_zero_lose_no_gradient(log_lam1, dtype):
 def test_weights_near_zero_of_one_image_lose_no_gradient():
     merge = mapping()
     nn.init.constant_(merge.gate.fc1.weight, 1 / 8)
-    merge.gate.fc2.weight.data = torch.tensor([[-30.0], [30.0]]).double().expand(2, 3) / 3
+    merge.gate.fc2.weight.data = torch.tensor([[-200.0], [30.0]]).double().expand(2, 3) / 3  # lam1 is 0
     merge.float()
     size = torch.tensor([1e-3, 1.0])[:, None, None, None]  # of the first image both weigh about the same
     inputs = [(size * (1 + 0.1 * torch.randn(2, 4, 5, 6))).requires_grad_() for _ in range(2)]
