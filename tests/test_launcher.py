@@ -73,6 +73,14 @@ def launch(script, images, output, *more, **kwargs):
     return start(command, images, output, *more, **kwargs)
 
 
+def hooked(options, **names):
+    """A script of the given names alone, called with `options`."""
+    absent = dict.fromkeys(('train_one_epoch', 'create_scheduler_v2', 'create_loader'))
+    script = SimpleNamespace(__name__='train', **{**absent, **names})
+    install(script, argparse.Namespace(**options))
+    return script
+
+
 def phases(output, count, initial=None, model=MODEL):
     """'b' or 'g' for every epoch, told from what moved between its checkpoint and the one before."""
     states = [initial] if initial else []
@@ -128,10 +136,7 @@ def test_gate_epochs_on_top(script, images, tmp_path):
 
 def test_gate_epochs_on_top_take_the_schedules_rates_twice():
     weight = torch.nn.Parameter(torch.zeros(1))
-    script = SimpleNamespace(
-        __name__='train', train_one_epoch=None, create_scheduler_v2=create_scheduler_v2, create_loader=None
-    )
-    install(script, argparse.Namespace(alternate_freeze=2, alternate_count='extra'))
+    script = hooked(dict(alternate_freeze=2, alternate_count='extra'), create_scheduler_v2=create_scheduler_v2)
     optimizer = torch.optim.SGD([weight], 0.1)
     scheduler, epochs = script.create_scheduler_v2(optimizer, sched='multistep', decay_milestones=[3], num_epochs=4)
     rates = []
@@ -149,10 +154,7 @@ def test_running_statistics_are_kept_in_gate_phases():
         model.train()(torch.randn(2, 3, 8, 8))
         moved.append(not torch.equal(model.bn1.running_mean, before))
 
-    script = SimpleNamespace(
-        __name__='train', train_one_epoch=train_one_epoch, create_scheduler_v2=None, create_loader=None
-    )
-    install(script, argparse.Namespace(alternate_freeze=1, alternate_bn_stats=True))
+    script = hooked(dict(alternate_freeze=1, alternate_bn_stats=True), train_one_epoch=train_one_epoch)
     for epoch in range(3):
         script.train_one_epoch(epoch, net)
     assert moved == [True, False, True]
@@ -232,10 +234,7 @@ def test_pad_crop_is_the_trainers(images):
     from timm.data import ImageDataset, create_loader
     from torchvision.transforms import RandomCrop
 
-    script = SimpleNamespace(
-        __name__='train', train_one_epoch=None, create_scheduler_v2=None, create_loader=create_loader
-    )
-    install(script, argparse.Namespace(pad_crop=4))
+    script = hooked(dict(pad_crop=4), create_loader=create_loader)
     options = dict(is_training=True, hflip=0.0, mean=(0.5,) * 3, std=(0.25,) * 3, device=torch.device('cpu'))
     options |= dict(num_workers=0, persistent_workers=False)
     for prefetcher in (True, False):
