@@ -141,6 +141,7 @@ def test_safetensors_of_another_hand(folder):
         ({'model_args': {'no_such': 1}}, "unexpected keyword argument 'no_such'"),
         ({'model_args': {'pretrained_cfg_overlay': {'file': 'x.pth'}}}, 'pretrained_cfg_overlay among its model_args'),
         ({'model_args': [1]}, 'needs an object'),
+        ({'model_args': {'block': 'BasicBlock'}}, "cannot be built: 'str' object has no attribute"),
         ({'num_classes': 3}, 'does not fit the weights|stored logits'),
         ({'num_classes': None}, 'does not fit the weights'),
         ({'num_classes': '10'}, 'does not fit the weights'),

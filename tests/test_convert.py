@@ -176,6 +176,28 @@ def test_what_has_no_weighted_form_is_refused(name, convert, why):
         convert(timm.create_model(name))
 
 
+def test_a_subclass_of_a_densenet_is_refused():
+    class OwnDenseNet(DenseNet):
+        pass
+
+    with pytest.raises(ValueError, match="OwnDenseNet can't be converted"):
+        to_awm(OwnDenseNet(growth_rate=8, block_config=(1, 1)))
+
+
+def test_a_converted_net_refuses_unequal_values_of_a_shared_weight():
+    net = to_adaresnet(timm.create_model('seresnet18'), sharing='unified')
+    state = net.state_dict()
+    state['layer4.1.merge.weight'] = torch.tensor(7.0)
+    with pytest.raises(RuntimeError, match='one weight in this net'):
+        net.load_state_dict(state)
+
+
+@torch.no_grad()
+def test_a_converted_net_takes_images_of_the_sizes_that_the_plain_net_takes(images):
+    plain = timm.create_model('resnet18').eval()
+    assert torch.equal(to_awm(plain)(images[..., :9, :9]), plain(images[..., :9, :9]))
+
+
 @torch.no_grad()
 def test_command_writes_the_weights_of_a_net_without_a_registered_name(images, tmp_path):
     plain = randomise(timm.create_model('seresnet18')).eval()

@@ -31,6 +31,7 @@ __all__ = [
     'DAMAGED',
     'FOREIGN',
     'LAST',
+    'MISFITS',
     'NamedNet',
     'Trained',
     'architecture',
@@ -48,8 +49,11 @@ LAST = 'last.safetensors'
 FOREIGN = {'cache_dir', 'checkpoint_path', 'features_only', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 """Arguments of `timm.create_model` that are not the net's; a file from somewhere has no business with them."""
 
-DAMAGED = SafetensorError, UnpicklingError
+DAMAGED = SafetensorError, UnpicklingError, EOFError
 """What reading a damaged file of weights raises."""
+
+MISFITS = RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError
+"""What timm and torch raise over arguments, weights and images that no net takes; ours raise a `ValueError`."""
 
 UNKNOWN = dict.fromkeys(('tag', 'label_names', 'label_descriptions', 'description', 'origin_url'))
 """What the default cfg of a registered model says of its own weights, and not of others."""
@@ -169,7 +173,7 @@ class NamedNet:
             net = timm.create_model(self.name, pretrained=published, **{**self.arguments, **model_kwargs})
             if state is not None:
                 net.load_state_dict(state)
-        except (*DAMAGED, RuntimeError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        except (*DAMAGED, *MISFITS) as error:
             # torch lists every parameter that does not fit, after a line that names the class.
             reason = shorten(' '.join(str(error).splitlines()[:2]), 300) or type(error).__name__
             loading = net is not None or (published and isinstance(error, (*DAMAGED, RuntimeError)))
@@ -353,7 +357,7 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
         if all(isinstance(name, str) for name in state):
             return state
         reason = 'it holds no weights with names'
-    except (*DAMAGED, RuntimeError, TypeError, LookupError, AttributeError, EOFError) as error:
+    except (*DAMAGED, *MISFITS) as error:
         # The first sentence: some go on with how to load files that may run code.
         reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
     weights = file.with_name(file.name.replace('.pth.tar', '.safetensors'))  # of a state that our trainer wrote

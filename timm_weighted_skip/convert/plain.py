@@ -68,7 +68,7 @@ def unweigh(model: nn.Module) -> None:
             elif isinstance(getattr(child, 'merge', None), ActiveWeightedConcat):
                 del child.merge
                 child.__class__ = DenseTransition
-        model._layout_changed()
+        model.layout_changed()
     # Plain nets of timm's own layout need nothing of this package.
     for weighted, plain in ((WeightedResNet, ResNet), (WeightedDenseNet, DenseNet)):
         if type(model) is weighted:

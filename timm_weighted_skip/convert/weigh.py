@@ -12,7 +12,7 @@ from torch import nn
 from timm_weighted_skip.convert.names import rename
 from timm_weighted_skip.convert.plain import unweigh
 from timm_weighted_skip.layers import ActiveWeightedMapping, skip_weights
-from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedBottleneck
+from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedBottleneck, WeightedResNet
 from timm_weighted_skip.models.dense import WeightedDenseNet, weigh_connections
 
 __all__ = ['to_adaresnet', 'to_awm']
@@ -23,7 +23,7 @@ WEIGHTED = {BasicBlock: WeightedBasicBlock, Bottleneck: WeightedBottleneck}
 
 
 def _weigh_blocks(model: ResNet, merge: Callable[..., nn.Module]) -> None:
-    """Give every block of `model` a merge made by `merge`, in place; see `MappingUnit`.
+    """Give every block of `model` a merge made by `merge`, in place; see `WeightedBlock`.
 
     Raises:
         ValueError: A block is not one of timm's `BasicBlock` and `Bottleneck`.
@@ -35,6 +35,9 @@ def _weigh_blocks(model: ResNet, merge: Callable[..., nn.Module]) -> None:
                 f'{name} is a {type(block).__name__}, which has no weighted form; blocks that have are '
                 f'{" and ".join(kind.__name__ for kind in WEIGHTED)}'
             )
+    if type(model) is ResNet:
+        model.__class__ = WeightedResNet  # which refuses unequal values of a shared weight
+        model.min_input_size = 1  # it takes what the plain net takes
     for block in blocks.values():
         last_conv = block.conv3 if isinstance(block, Bottleneck) else block.conv2
         like = dict(device=last_conv.weight.device, dtype=last_conv.weight.dtype)
@@ -73,10 +76,12 @@ def to_awm(model: Net, hidden: Optional[int] = None) -> Net:
     if isinstance(net, ResNet):
         _weigh_blocks(net, lambda channels, projection, **dd: ActiveWeightedMapping(channels, width, **dd))
     else:
-        weigh_connections(net, width)
         if type(net) is DenseNet:
             net.__class__ = WeightedDenseNet
-        net._layout_changed()
+        if not isinstance(net, WeightedDenseNet):
+            raise ValueError(f"{type(net).__name__} can't be converted; of DenseNets, timm's own class and ours can")
+        weigh_connections(net, width)
+        net.layout_changed()
     rename(net, 'awm_', hidden=width)
     return net
 

@@ -11,15 +11,12 @@ from torch import nn
 from timm_weighted_skip.files import read_json
 from timm_weighted_skip.hub.config import FILES, SAMPLE, Results, one_line
 from timm_weighted_skip.hub.weights import is_pickle, read_weights
-from timm_weighted_skip.nets import FOREIGN
+from timm_weighted_skip.nets import FOREIGN, MISFITS
 
 __all__ = ['build_net', 'validate_checkpoint']
 
 # Another CPU's convolutions differ in the last digits; another net differs in the first.
 SAMPLE_ERROR = 1e-3
-
-# What timm and torch raise over arguments, weights and images that no net takes.
-MISFITS = (RuntimeError, TypeError, LookupError, AssertionError)
 
 
 def _first(names: set[str]) -> str:

@@ -16,7 +16,7 @@ from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, pretraine
 __all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet']
 
 
-class MappingUnit:
+class WeightedBlock:
     """What a weighted block adds to timm's: `merge`, in the place of `x += shortcut`.
 
     Args:
@@ -42,7 +42,7 @@ class MappingUnit:
         return self.se is None and not dropped and can_fuse_norm(self.merge, conv, norm, act, x)
 
 
-class WeightedBasicBlock(MappingUnit, BasicBlock):
+class WeightedBasicBlock(WeightedBlock, BasicBlock):
     """timm's `BasicBlock` with a weighted merge."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ class WeightedBasicBlock(MappingUnit, BasicBlock):
         return self.act2(self.merge(x, shortcut))
 
 
-class WeightedBottleneck(MappingUnit, Bottleneck):
+class WeightedBottleneck(WeightedBlock, Bottleneck):
     """timm's `Bottleneck` with a weighted merge."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ class WeightedResNet(ChecksInputSize, ResNet):
     Args:
         block: `WeightedBasicBlock` or `WeightedBottleneck`.
         layers: Blocks per stage.
-        merge: Maker of the units' merges, see `MappingUnit`.
+        merge: Maker of the units' merges, see `WeightedBlock`.
         in_chans: Number of input channels.
         block_args: Further arguments of the blocks.
         kwargs: Those of timm's `ResNet`.

@@ -119,9 +119,9 @@ class WeightedDenseNet(ChecksInputSize, DenseNet):
         check_count('in_chans', in_chans)
         super().__init__(in_chans=in_chans, **kwargs)
         weigh_connections(self, hidden, scale, plain)
-        self._layout_changed()
+        self.layout_changed()
 
-    def _layout_changed(self) -> None:
+    def layout_changed(self) -> None:
         """Recompute what depends on `features` and `feature_info`."""
         names = [name for name, _ in self.features.named_children()]
         taps = [info['module'].split('.', 1)[1] for info in self.feature_info]

@@ -37,7 +37,7 @@ class CifarDenseNet(WeightedDenseNet):
         self.feature_info[0]['module'] = 'features.conv0'
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4)):
             info['reduction'] = reduction
-        self._layout_changed()
+        self.layout_changed()
 
 
 def cifar_densenet_args(depth: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 A plain net is the case at identity of its weighted net, so timm's checkpoints serve as they are.
 """
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
@@ -22,6 +21,7 @@ from timm.models import (
 )
 from torch import nn
 
+from timm_weighted_skip.files import read_json
 from timm_weighted_skip.layers import Gate, SkipWeight
 
 __all__ = ['HUB_OWNER', 'checkpoint_filter_fn', 'default_cfgs_of', 'pretrained_source', 'timm_cfgs']
@@ -60,7 +60,7 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
         if name not in names:
             continue
         try:
-            config = json.loads(file.read_text(encoding='utf-8'))
+            config = read_json(file)
             known = {field.name for field in fields(PretrainedCfg)}
             stated = {k: v for k, v in config['pretrained_cfg'].items() if k in known}
             cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}  # timm's scripts add to shapes

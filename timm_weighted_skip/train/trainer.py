@@ -23,7 +23,7 @@ from torch import nn
 
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.names import check_model_name
-from timm_weighted_skip.nets import DAMAGED, check_device
+from timm_weighted_skip.nets import DAMAGED, MISFITS, check_device
 from timm_weighted_skip.train.batches import Batches, mix_seed
 from timm_weighted_skip.train.evaluate import evaluate
 from timm_weighted_skip.train.freezing import AlternateFreezing
@@ -54,7 +54,7 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
         net = timm.create_model(model, pretrained=pretrained, **shape, **model_kwargs)
         with torch.inference_mode():
             output = net.eval()(torch.zeros(1, *data.images.shape[1:]).permute(0, 3, 1, 2))
-    except (*DAMAGED, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (*DAMAGED, *MISFITS) as error:
         # Nets of a fixed or a smallest image size assert; the rest are arguments that are not the net's.
         raise ValueError(f'model {model!r}: {error}') from None
     if getattr(output, 'shape', None) != (1, len(data.classes)):
