@@ -209,7 +209,7 @@ def test_snippets_of_the_card_run(folder, tmp_path, monkeypatch):
         assert snippet.startswith('import timm_weighted_skip')
         # The repository is not published here; test_publish.py loads from one.
         session: dict = {}
-        exec(snippet.replace(f'hf_hub:timm-weighted-skip/{NAME}', f'local-dir:{folder}'), session)
+        exec(snippet.replace(f'hf-hub:timm-weighted-skip/{NAME}', f'local-dir:{folder}'), session)
     assert session['embedding'].shape == (1, 64)
 
 

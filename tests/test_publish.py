@@ -46,7 +46,7 @@ def downloaded(hub: HubStandIn, tmp_path, token: str = '') -> torch.Tensor:
     """Logits for the image in `x.safetensors` of what a new process loads from the Hub."""
     out = tmp_path / 'y.safetensors'
     env = {'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path / 'cache'), **({'HF_TOKEN': token} if token else {})}
-    new_process(LOGITS, f'hf_hub:{REPO}', tmp_path / 'x.safetensors', out, **env)
+    new_process(LOGITS, f'hf-hub:{REPO}', tmp_path / 'x.safetensors', out, **env)
     return safetensors.torch.load_file(out)['logits']
 
 
@@ -75,7 +75,7 @@ def test_files_and_card_name_their_own_repository(hub, folder):
     }
     assert files['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
     card = files['README.md'].decode()
-    assert f"'hf_hub:{REPO}'" in card
+    assert f"'hf-hub:{REPO}'" in card
     assert 'timm-weighted-skip/' not in card
 
 
@@ -290,11 +290,11 @@ def test_truncated_download_leaves_no_file(hub, folder, tmp_path):
     hub.fault = Fault('GET .*/resolve/.*model.safetensors', 'truncate')
     env = {'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path / 'cache')}
     with pytest.raises(AssertionError, match=r'(?i)peer closed|consistency check|incomplete'):
-        new_process(LOAD, f'hf_hub:{REPO}', **env)
+        new_process(LOAD, f'hf-hub:{REPO}', **env)
     assert list((tmp_path / 'cache').rglob('config.json'))
     assert not list((tmp_path / 'cache').rglob('model.safetensors'))
     hub.fault = None
-    new_process(LOAD, f'hf_hub:{REPO}', **env)
+    new_process(LOAD, f'hf-hub:{REPO}', **env)
     (stored,) = (tmp_path / 'cache').rglob('model.safetensors')
     assert stored.read_bytes() == (folder / 'model.safetensors').read_bytes()
 
@@ -302,8 +302,8 @@ def test_truncated_download_leaves_no_file(hub, folder, tmp_path):
 @pytest.mark.parametrize('name', ['awm+x', 'my net', 'x@1'])
 def test_a_card_is_of_the_repository_whatever_the_folder_was_called(tmp_path, name):
     card = (make_checkpoint(tmp_path, name) / 'README.md').read_text()
-    assert f"'hf_hub:{HUB_OWNER}/{name}'" in card
+    assert f"'hf-hub:{HUB_OWNER}/{name}'" in card
     readdressed = _readdressed(card, REPO)
-    assert f"'hf_hub:{REPO}'" in readdressed
+    assert f"'hf-hub:{REPO}'" in readdressed
     assert '# Model card for net.test' in readdressed
     assert name not in readdressed

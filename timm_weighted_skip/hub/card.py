@@ -36,11 +36,10 @@ TIMM = """@misc{rw2019timm,
 
 CLASSIFY = """import timm_weighted_skip  # registers the architecture
 import timm
-import torch
 from PIL import Image
 
 image = Image.open('image.jpg').convert('{mode}')
-model = timm.create_model('hf_hub:{repo_id}', pretrained=True).eval()
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
 
 # the transforms that the net was trained for: resize, normalize
 config = timm.data.resolve_model_data_config(model)
@@ -53,7 +52,7 @@ FEATURES = """import timm_weighted_skip  # registers the architecture
 import timm
 import torch
 
-model = timm.create_model('hf_hub:{repo_id}', pretrained=True, features_only=True).eval()
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True, features_only=True).eval()
 for feature in model(torch.randn({shape})):
     print(feature.shape)
 {shapes}"""
@@ -62,7 +61,7 @@ EMBED = """import timm_weighted_skip  # registers the architecture
 import timm
 import torch
 
-model = timm.create_model('hf_hub:{repo_id}', pretrained=True, num_classes=0).eval()
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True, num_classes=0).eval()
 images = torch.randn({shape})
 embedding = model(images)  # {embedding_shape}
 

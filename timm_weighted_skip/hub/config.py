@@ -145,7 +145,7 @@ def args_beside_weights(model_args: dict[str, Any]) -> dict[str, Any]:
 def model_config(
     model: nn.Module, model_args: Optional[dict[str, Any]] = None, results: Optional[Results] = None
 ) -> dict[str, Any]:
-    """timm's `config.json` of `model`, from which its `local-dir:` and `hf_hub:` rebuild the net.
+    """timm's `config.json` of `model`, from which its `local-dir:` and `hf-hub:` rebuild the net.
 
     It is made of the net itself and `model_args` alone, so that it says the same under every version of timm. Pixel
     means and deviations of other channels than the net's become their average.

@@ -59,7 +59,7 @@ def _reason(error: BaseException) -> str:
 
 def _readdressed(card: str, repo_id: str) -> str:
     """A model card that names `repo_id` where it names the repository that its snippets load."""
-    named = re.search(r"'hf_hub:([^']+)'", card)
+    named = re.search(r"'hf-hub:([^']+)'", card)
     if named is None:
         return card
     card = card.replace(named[1], repo_id)

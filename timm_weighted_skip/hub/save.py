@@ -29,7 +29,7 @@ def save_checkpoint(
     results: Optional[Results] = None,
     model_args: Optional[dict[str, Any]] = None,
 ) -> Path:
-    """Write `model` as a checkpoint directory that loads by `local-dir:`, and once it is published by `hf_hub:`.
+    """Write `model` as a checkpoint directory that loads by `local-dir:`, and once it is published by `hf-hub:`.
 
     It is written beside its place, validated, and then moved there, so that a directory is whole or absent.
 

@@ -46,7 +46,7 @@ def evaluate_on(
     """Number of images, loss and accuracies of a trained net on a set of images, as they are.
 
     Args:
-        net: Its `pretrained_cfg` tells the normalisation.
+        net: Its `pretrained_cfg` tells the normalisation. It stays on `device`, in eval mode and channels last.
         data: The images.
         batch_size: Images per batch.
         device: Where to run.
