@@ -4,7 +4,6 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` in REPORT.md, and in th
 `checkpoints`, is written here and nowhere else.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from timm_weighted_skip.analysis.inspection import weights_of_rounds
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.analysis.tables import Result, Table, require
 from timm_weighted_skip.analysis.variance import group_variance
-from timm_weighted_skip.files import write_file
+from timm_weighted_skip.files import read_json, write_file
 from timm_weighted_skip.hub import Results, save_checkpoint, update_results
 from timm_weighted_skip.hub.source import known_results, load_net_and_args
 
@@ -268,7 +267,7 @@ def fill(path: Path, sections: dict[str, Optional[str]]) -> None:
     Raises:
         ValueError: A marker is missing or there twice.
     """
-    text = path.read_text()
+    text = path.read_text(encoding='utf-8')
     for name, section in sections.items():
         parts = re.split(rf'(<!-- /?{re.escape(name)} -->\n)', text)
         if len(parts) != 5:
@@ -285,7 +284,7 @@ def checkpoint_table(root: Path) -> str:
     """The checkpoint directories whose configs say what was measured, and that."""
     rows = []
     for file in sorted(root.glob('*/config.json')):
-        config = json.loads(file.read_text())
+        config = read_json(file)
         if 'results' not in config:
             continue
         results, cost = Results.from_dict(config['results'], str(file)), model_cost(config['architecture'])

@@ -95,13 +95,13 @@ def read_run(folder: Union[str, Path]) -> Run:
     lines, summary, result = folder / 'log.jsonl', folder / 'summary.csv', folder / 'result.json'
     try:
         if lines.is_file():
-            log = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
+            log = [json.loads(line) for line in lines.read_text(encoding='utf-8').splitlines() if line.strip()]
         elif summary.is_file():
             with summary.open(newline='') as file:
                 log = _timm_log(csv.reader(file))
         else:
             raise FileNotFoundError(f'{folder} has neither log.jsonl nor summary.csv; give the folder of a run')
-        outcome = json.loads(result.read_text()) if result.is_file() else {}
+        outcome = json.loads(result.read_text(encoding='utf-8')) if result.is_file() else {}
         if not all(isinstance(entry, dict) for entry in (*log, outcome)):
             raise ValueError('it has something else than objects')
     except ValueError as error:

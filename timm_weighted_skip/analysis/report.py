@@ -40,7 +40,7 @@ def html_report(title: str, sections: Mapping[str, Result]) -> str:
     require('jinja2', 'matplotlib')
     import jinja2
 
-    template = files('timm_weighted_skip.analysis').joinpath('report.html').read_text()
+    template = files('timm_weighted_skip.analysis').joinpath('report.html').read_text(encoding='utf-8')
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     drawn = {
         heading: {

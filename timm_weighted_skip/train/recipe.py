@@ -252,7 +252,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: It is anything else.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f'{path} is not readable YAML: {" ".join(str(error).split())}') from None
     if not isinstance(values, dict):

@@ -354,7 +354,7 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     book.update(state['book'])
     if (folder / LOG).exists():
         try:
-            lines = [json.loads(text) for text in (folder / LOG).read_text().splitlines()]
+            lines = [json.loads(text) for text in (folder / LOG).read_text(encoding='utf-8').splitlines()]
             book['log'] = [line for line in lines if line['epoch'] < trainer.position.epoch]
         except (ValueError, TypeError, LookupError) as error:
             raise ValueError(f'{folder / LOG} is damaged: a line is no epoch ({error})') from None
