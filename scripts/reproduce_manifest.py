@@ -1,6 +1,5 @@
 """What `scripts/reproduce.py` is to run: a YAML file of experiments, each with its runs."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
@@ -10,6 +9,7 @@ from typing import Any, Optional
 
 from timm.models import is_model
 
+from timm_weighted_skip.files import read_json
 from timm_weighted_skip.hub.config import args_beside_weights
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml, recipe_arguments
@@ -110,7 +110,7 @@ class Manifest:
         file = self.result_file(job)
         if not file.exists():
             return None
-        result = json.loads(file.read_text())
+        result = read_json(file)
         job.check(result, file)
         return result
 
@@ -140,7 +140,7 @@ class Job:
         """Refuse a training of another net, on other data or by another recipe than the manifest's.
 
         Args:
-            trained: Its 'model', 'data' and 'recipe'.
+            trained: Its 'model', 'data' and 'recipe', and of a finished one the pixels' 'mean' and 'std'.
             where: Its file or folder.
 
         Raises:
@@ -148,6 +148,9 @@ class Job:
         """
         ours = {'model': self.run.model, 'data': self.run.data, **asdict(self.run.recipe_of(self.seed))}
         theirs = {'model': trained['model'], 'data': trained['data'], **trained['recipe']}
+        for name in ('mean', 'std'):  # left to the images: the numbers that they had, but for rounding
+            if ours[name] is not None and theirs.get(name) is None and name in trained:
+                theirs[name] = [round(value, 6) for value in trained[name]]
         # A field that only one version of the recipe has is no difference.
         differing = [
             f'{name} {theirs[name]}, not {ours[name]}'

@@ -36,6 +36,9 @@ def test_pixel_statistics_are_the_recipes_else_the_nets_else_the_images():
     )
     assert normalisation(Recipe(mean=[0.0], std=[1.0]), net, grey) == ((0.0,), (1.0,))
     assert normalisation(Recipe(mean=[0.0], std=[1.0]), net, colour) == ((0.0,) * 3, (1.0,) * 3)
+    released = timm.create_model('resnet18_released')  # whose three channels have one mean and one deviation
+    assert normalisation(Recipe(), released, grey) == ((0.0,), (1.0,))
+    assert normalisation(Recipe(), released, colour) == ((0.0,) * 3, (1.0,) * 3)
     of_channels = [0.1, 0.2, 0.3]
     assert normalisation(Recipe(mean=of_channels), net, colour) == (tuple(of_channels), net.pretrained_cfg['std'])
     mean, std = normalisation(Recipe(mean=[0.0]), net, grey)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,19 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     with pytest.raises(ValueError, match=r'lr 0\.02.*, not of .*lr 0\.03.*; remove it first'):
         report.write_checkpoints(read_manifest(tmp_path / 'manifest.yaml'), tmp_path / 'runs', cards)
     assert (folder / 'config.json').read_bytes() == config
+
+
+def test_pixel_means_that_were_left_to_the_images_are_compared_by_their_numbers(tmp_path, modules):
+    def check(options):
+        (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('options: {epochs', f'options: {{{options}, epochs'))
+        job = next(modules[0].read_manifest(tmp_path / 'manifest.yaml').jobs('small/plain/seed0'))
+        recipe = {**asdict(job.run.recipe_of(0)), 'mean': None, 'std': None}
+        trained = {'model': job.run.model, 'data': job.run.data, 'recipe': recipe}
+        job.check({**trained, 'mean': [0.13066047627384283], 'std': [0.3081078072199759]}, tmp_path)
+
+    check('mean: [0.13066], std: [0.308108]')
+    with pytest.raises(ValueError, match=r'mean \[0\.13066\], not \[0\.0\]; remove'):
+        check('mean: [0], std: [0.308108]')
 
 
 def test_what_was_trained_otherwise_is_not_this_run(tmp_path, called):

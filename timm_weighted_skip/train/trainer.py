@@ -63,9 +63,10 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
 
 
 def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and deviation: the recipe's, else the net's, else (of other channels) those of the images.
+    """Per-channel mean and deviation: the recipe's, else the net's, else those of the images.
 
-    A single number of the recipe's is that of every channel, as in timm.
+    A single number of the recipe's is that of every channel, as in timm, and so is one that all channels of the net
+    have; of a net whose channels differ, images of another number of channels take their own.
 
     Raises:
         ValueError: A deviation is not above 0.
@@ -73,7 +74,9 @@ def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple
     channels = data.images.shape[3]
     config: Any = net.pretrained_cfg
     mean, std = config['mean'], config['std']
-    if len(mean) != channels:
+    if len({*mean}) == len({*std}) == 1:
+        mean, std = mean[:1], std[:1]
+    elif len(mean) != channels:
         pixels = data.images.double() / 255
         mean, std = pixels.mean((0, 1, 2)).tolist(), pixels.std((0, 1, 2)).tolist()
     mean, std = recipe.mean or mean, recipe.std or std
