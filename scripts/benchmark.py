@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from torch.profiler import profile
 
 from timm_weighted_skip import set_fused_merge
 from timm_weighted_skip.analysis.listing import model_cost
+from timm_weighted_skip.analysis.tables import Table
 from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
@@ -76,7 +77,7 @@ class Row:
     params: float
     macs: float
     ms: float
-    ratio: tuple[float, float, float]  # first quartile, median, third quartile
+    ratio: list[float]  # first quartile, median, third quartile
     bound: float
     saved: float
     peak: float
@@ -89,6 +90,19 @@ def plain_of(name: str) -> str:
             return plain
     named = re.search(r'(resnet|densenet)\d[^.]*', name)
     return named[0] if named and timm.is_model(named[0]) else name
+
+
+def groups_of(names: Sequence[str], parser: argparse.ArgumentParser) -> list[list[str]]:
+    """The nets by the plain net that they are compared with, which comes first; the parser refuses unknown ones."""
+    unknown = [name for name in names if not timm.is_model(name)]
+    if unknown:
+        parser.error(f'--models: unknown {", ".join(unknown)}; `weighted-skip list` and timm.list_models() name them')
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = groups.setdefault(plain_of(name), [plain_of(name)])
+        if name not in group:
+            group.append(name)
+    return list(groups.values())
 
 
 class Net:
@@ -131,6 +145,17 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return 1e3 * (clock() - start)
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """First quartile, median and third quartile; of however few values, none lies beyond them."""
+    return statistics.quantiles(values, n=4, method='inclusive')
+
+
+def with_quartiles(values: Sequence[float], digits: int = 3) -> str:
+    """The median with the other two of `quartiles` in brackets."""
+    low, middle, high = (f'{value:.{digits}f}' for value in values)
+    return f'{middle} [{low}, {high}]'
 
 
 def saved_bytes(net: Net) -> int:
@@ -210,30 +235,25 @@ def compare(names: list[str], args: argparse.Namespace, speed: float) -> list[Ro
             times[net.name].append(timed(net.step, args.device))
     plain_ms, rows = statistics.median(times[names[0]]), []
     for net, more, kept in zip(nets, extra, saved):
-        ratios = [own / plain for own, plain in zip(times[net.name], times[names[0]])]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        ratio = quartiles([own / plain for own, plain in zip(times[net.name], times[names[0]])])
         cost = model_cost(net.name, net.size)
         ms, bound = statistics.median(times[net.name]), 1 + more / speed / plain_ms
         peak = peak_bytes(net, args.device)
         memory = kept / 2**20, peak / 2**20
-        rows.append(Row(net.name, cost.params / 1e6, cost.macs / 1e6, ms, (low, middle, high), bound, *memory))
+        rows.append(Row(net.name, cost.params / 1e6, cost.macs / 1e6, ms, ratio, bound, *memory))
     return rows
 
 
-def table(rows: list[Row], plain: str) -> str:
-    """Rows of one backbone in Markdown."""
-    base = next(row for row in rows if row.model == plain)
-    lines = [
-        '| model | params (M) | MACs (M) | ms | ratio | bound | saved (MiB) | ratio | peak (MiB) |',
-        '| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |',
-    ]
+def table(rows: list[Row]) -> str:
+    """Rows of one backbone in Markdown; the first is the plain net's."""
+    columns = ['model', 'params (M)', 'MACs (M)', 'ms', 'ratio', 'bound', 'saved (MiB)', 'ratio', 'peak (MiB)']
+    lines = []
     for row in rows:
-        low, middle, high = row.ratio
-        saved = (f'{row.saved:.1f}', f'{row.saved / base.saved:.3f}') if row.saved else ('-', '-')
-        cells = [row.model, f'{row.params:.3f}', f'{row.macs:.1f}', f'{row.ms:.1f}']
-        cells += [f'{middle:.3f} [{low:.3f}, {high:.3f}]', f'{row.bound:.3f}', *saved, f'{row.peak:.1f}']
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+        saved = (f'{row.saved:.1f}', f'{row.saved / rows[0].saved:.3f}') if row.saved else (None, None)
+        counts = row.model, f'{row.params:.3f}', f'{row.macs:.1f}'
+        times = f'{row.ms:.1f}', with_quartiles(row.ratio), f'{row.bound:.3f}'
+        lines.append([*counts, *times, *saved, f'{row.peak:.1f}'])
+    return Table(columns, lines).markdown(right=True)
 
 
 def readme_table(files: list[Path]) -> str:
@@ -262,8 +282,7 @@ def device_table(runs: list[tuple[dict, dict[str, dict]]]) -> str:
         times, saved = ', '.join([setting['mode'], *flags]), ', '.join(['saved', *flags])
         for name, row in rows.items():
             if name != (plain := plain_of(name)):
-                low, middle, high = row['ratio']
-                columns.setdefault(times, {})[name] = f'{middle:.3f} [{low:.3f}, {high:.3f}]'
+                columns.setdefault(times, {})[name] = with_quartiles(row['ratio'])
                 if row['saved']:
                     columns.setdefault(saved, {})[name] = f'{row["saved"] / rows[plain]["saved"]:.3f}'
         threads = f', {setting["threads"]} thread' if setting['device'] == 'cpu' else ''
@@ -271,11 +290,9 @@ def device_table(runs: list[tuple[dict, dict[str, dict]]]) -> str:
         versions = f'torch {setting["torch"]}, timm {setting["timm"]}'
         settings.add(f'{setting["device"]}{threads}{batch}, {setting["rounds"]} rounds, {versions}')
     names = dict.fromkeys(name for column in columns.values() for name in column)
-    lines = [['model', *columns], ['---', *['---:'] * len(columns)]]
-    lines += [[name, *(column.get(name, '-') for column in columns.values())] for name in names]
-    return '\n'.join(
-        [*(f'| {" | ".join(line)} |' for line in lines), '', f'Measured on: {"; ".join(sorted(settings))}.']
-    )
+    lines = [[name, *(column.get(name) for column in columns.values())] for name in names]
+    shown = Table(['model', *columns], lines).markdown(right=True)
+    return f'{shown}\n\nMeasured on: {"; ".join(sorted(settings))}.'
 
 
 def import_ms(rounds: int) -> tuple[float, float]:
@@ -296,6 +313,13 @@ def positive(text: str) -> int:
     return value
 
 
+def several(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f'{value} has no quartiles; give 2 or more')
+    return value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', metavar='NAME', help='default: every net of BACKBONES in this file')
@@ -307,7 +331,7 @@ def main() -> int:
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--batch-size', type=positive, help='default: 128 for images of 32 pixels, 8 for larger ones')
     parser.add_argument('--img-size', type=positive, help="default: each plain net's own")
-    parser.add_argument('--rounds', type=positive, default=21, help='2 or more')
+    parser.add_argument('--rounds', type=several, default=21, help='2 or more')
     parser.add_argument('--warmup', type=positive, default=3)
     parser.add_argument('--threads', type=positive, default=1)
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here, too')
@@ -319,15 +343,11 @@ def main() -> int:
         except (OSError, ValueError) as error:
             parser.error(f'--readme: {error}')
         return 0
-    unknown = [name for name in args.models or () if not timm.is_model(name)]
-    if unknown:
-        parser.error(f'--models: unknown {", ".join(unknown)}; `weighted-skip list` and timm.list_models() name them')
+    groups = groups_of(args.models or [*BACKBONES, *itertools.chain(*BACKBONES.values())], parser)
     try:
         args.device = check_device(args.device)
     except ValueError as error:
         parser.error(f'--device: {error}')
-    if args.rounds < 2:
-        parser.error(f'--rounds {args.rounds} has no quartiles; give 2 or more')
     if args.mode == 'import':
         if args.json:
             parser.error('--json is of --mode eval and train')
@@ -336,11 +356,6 @@ def main() -> int:
         return 0
     torch.set_num_threads(args.threads)
     set_fused_merge(not args.no_fused_merge)
-    groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(args.models or itertools.chain(BACKBONES, *BACKBONES.values())):
-        groups.setdefault(plain_of(name), [])
-        if name != plain_of(name):
-            groups[plain_of(name)].append(name)
     speed = copy_speed(args.device)
     setting: dict[str, object] = {key: str(value) if value is not None else None for key, value in vars(args).items()}
     setting |= {
@@ -352,9 +367,9 @@ def main() -> int:
     }
     print(' '.join(f'{key}={value}' for key, value in setting.items() if value not in (None, 'False')))
     results: list[Row] = []
-    for plain, others in groups.items():
-        rows = compare([plain, *others], args, speed)
-        print(f'\n{table(rows, plain)}', flush=True)
+    for names in groups:
+        rows = compare(names, args, speed)
+        print(f'\n{table(rows)}', flush=True)
         results += rows
     if args.json:
         figures = {'setting': setting, 'rows': [asdict(row) for row in results]}

@@ -21,7 +21,7 @@ from typing import Any
 import onnxruntime
 import timm
 import torch
-from benchmark import plain_of, positive, timed
+from benchmark import groups_of, positive, quartiles, several, timed, with_quartiles
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from timm.models import get_pretrained_cfg_value
@@ -115,9 +115,9 @@ def compare(form: str, names: list[str], args: argparse.Namespace) -> list[str]:
     rows = []
     for name in names:
         pairs = list(zip(times[name], times[names[0]]))[args.warmup :]
-        low, middle, high = statistics.quantiles([own / plain for own, plain in pairs], n=4)
+        ratio = with_quartiles(quartiles([own / plain for own, plain in pairs]))
         ms = statistics.median(own for own, _ in pairs)
-        rows.append(f'| {form} | {name} | {ms:.1f} | {middle:.3f} [{low:.3f}, {high:.3f}] | {errors[name]:.1e} |')
+        rows.append(f'| {form} | {name} | {ms:.1f} | {ratio} | {errors[name]:.1e} |')
     return rows
 
 
@@ -126,25 +126,16 @@ def main() -> int:
     parser.add_argument('--models', nargs='+', metavar='NAME', default=['awm_resnet50', 'adaresnet50'])
     parser.add_argument('--forms', nargs='+', choices=FORMS, default=list(FORMS))
     parser.add_argument('--batch-size', type=positive, default=1)
-    parser.add_argument('--rounds', type=positive, default=21, help='2 or more')
+    parser.add_argument('--rounds', type=several, default=21, help='2 or more')
     parser.add_argument('--warmup', type=positive, default=3)
     args = parser.parse_args()
-    unknown = [name for name in args.models if not timm.is_model(name)]
-    if unknown:
-        parser.error(f'--models: unknown {", ".join(unknown)}; `weighted-skip list` and timm.list_models() name them')
-    if args.rounds < 2:
-        parser.error(f'--rounds {args.rounds} has no quartiles; give 2 or more')
+    groups = groups_of(args.models, parser)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # the exporters' and the quantizer's advice
-    backbones: dict[str, list[str]] = {}
-    for name in args.models:
-        group = backbones.setdefault(plain_of(name), [plain_of(name)])
-        if name not in group:
-            group.append(name)
     print('| form | model | ms | ratio | error |\n| --- | --- | ---: | ---: | ---: |')
     with torch.no_grad():
         for form in args.forms:
-            for names in backbones.values():
+            for names in groups:
                 print('\n'.join(compare(form, names, args)), flush=True)
     return 0
 

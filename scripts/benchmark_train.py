@@ -29,8 +29,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark import quartiles, several, with_quartiles
 from PIL import Image
 
+from timm_weighted_skip.analysis.tables import Table
 from timm_weighted_skip.data import load_image_set
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.train import hook, launcher
@@ -106,10 +108,6 @@ def measure(way: str, model: str, folder: Path) -> float:
     return float(done.stdout.split()[-1])
 
 
-def quartiles(values: Sequence[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method='inclusive')
-
-
 def rows_of(model: str, speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """What the table tells of the images per second of every way, round by round."""
     fastest = max((way for way in speeds if way.startswith(TIMM)), key=lambda way: statistics.median(speeds[way]))
@@ -127,13 +125,11 @@ def rows_of(model: str, speeds: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ['| model | way | images/s [quartiles] | ratio [quartiles] |', '|---|---|---|---|']
-    for row in rows:
-        low, middle, high = row['images_per_second']
-        below, ratio, above = row['ratio']
-        speed = f'{middle:.0f} [{low:.0f}, {high:.0f}]'
-        lines.append(f'| {row["model"]} | `{row["way"]}` | {speed} | {ratio:.2f} [{below:.2f}, {above:.2f}] |')
-    return '\n'.join(lines)
+    lines = [
+        [row['model'], f'`{row["way"]}`', with_quartiles(row['images_per_second'], 0), with_quartiles(row['ratio'], 2)]
+        for row in rows
+    ]
+    return Table(['model', 'way', 'images/s [quartiles]', 'ratio [quartiles]'], lines).markdown()
 
 
 def main() -> int:
@@ -145,7 +141,7 @@ def main() -> int:
     )
     parser.add_argument('--batch-size', type=int, default=128, metavar='N')
     parser.add_argument('--batches', type=int, default=40, metavar='N', help='of an epoch')
-    parser.add_argument('--rounds', type=int, default=5, metavar='N')
+    parser.add_argument('--rounds', type=several, default=5, metavar='N')
     parser.add_argument(
         '--workers', type=int, nargs='+', default=[0, cores], metavar='N', help='of train.py, each tried'
     )
@@ -154,8 +150,6 @@ def main() -> int:
     parser.add_argument('--json', type=Path, metavar='FILE', help='also write the numbers of every round')
     parser.add_argument('--measure', nargs=3, help=argparse.SUPPRESS)  # way, model, folder
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f'--rounds {args.rounds} has no quartiles; give 2 or more')
     torch.set_num_threads(cores)
     if args.measure:
         way, model, folder = args.measure

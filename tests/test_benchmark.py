@@ -47,6 +47,13 @@ def test_compares_with_the_plain_net(benchmark, tmp_path, capsys):
     assert '| awm_resnet14_cifar | 0.183 | 26.7 |' in capsys.readouterr().out
 
 
+def test_quartiles_of_two_rounds_lie_between_them(benchmark, monkeypatch, tmp_path):
+    times = iter([10.0, 10.0, 11.0, 10.0])  # the order rotates: plain, awm; awm, plain
+    monkeypatch.setattr(benchmark.module, 'timed', lambda step, device: next(times))
+    assert benchmark('--models', 'awm_resnet14_cifar', *SMALL[3:], '--json', str(tmp_path / 'rows.json')) == 0
+    assert json.loads((tmp_path / 'rows.json').read_text())['rows'][1]['ratio'] == pytest.approx([1.025, 1.05, 1.075])
+
+
 def test_nets_are_compared_once_on_images_of_one_size(benchmark, tmp_path):
     run = ['--models', *2 * ['awm_resnet14_cifar.digits'], '--batch-size', '2', '--rounds', '2', '--warmup', '1']
     assert benchmark(*run, '--json', str(tmp_path / 'rows.json')) == 0
@@ -127,7 +134,7 @@ def test_finds_the_plain_net(benchmark, name, plain):
     ('args', 'message'),
     [
         (['--models', 'awm_resnet51'], 'unknown awm_resnet51'),
-        (['--rounds', '1'], '--rounds 1 has no quartiles; give 2 or more'),
+        (['--rounds', '1'], '--rounds: 1 has no quartiles; give 2 or more'),
         (['--mode', 'import', '--json', 'x'], '--json is of --mode eval and train'),
         (['--batch-size', '0'], '0 is not allowed; give 1 or more'),
         (['--device', 'abacus'], "--device: device 'abacus' is not to be had"),
@@ -172,3 +179,17 @@ def test_deployed_forms_compute_what_the_nets_do(deploy, monkeypatch, capsys):
     for form, _, _, _, error in rows:
         least, most = {'eager': (0, 0), 'onnx': (0, 1e-4), 'int8': (1e-4, 0.1)}[form]
         assert least <= float(error) <= most
+
+
+def test_ways_of_training_are_compared_round_by_round(monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
+    train = script(PATH.with_name('benchmark_train.py'))
+    speeds = {f'{train.TIMM} -j 0': [90.0, 80.0], f'{train.TIMM} -j 2': [100.0, 200.0], train.OURS: [200.0, 600.0]}
+    rows = train.rows_of('resnet18', speeds)
+    for row, ratio in zip(rows, ([0.525, 0.65, 0.775], [1, 1, 1], [2.25, 2.5, 2.75])):
+        assert row['ratio'] == pytest.approx(ratio)
+    assert train.table(rows[2:]).splitlines() == [
+        '| model | way | images/s [quartiles] | ratio [quartiles] |',
+        '| --- | --- | --- | --- |',
+        '| resnet18 | `weighted-skip train` | 400 [300, 500] | 2.50 [2.25, 2.75] |',
+    ]

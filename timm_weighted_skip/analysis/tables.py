@@ -58,9 +58,10 @@ class Table:
         )
         return '\n'.join('  '.join(line).rstrip() for line in aligned)
 
-    def markdown(self) -> str:
-        """For a README."""
-        lines = [self.columns, ['---'] * len(self.columns), *self.cells()]
+    def markdown(self, right: bool = False) -> str:
+        """For a README; with `right`, all columns but the first are put to the right."""
+        rule = ['---', *['---:' if right else '---'] * (len(self.columns) - 1)]
+        lines = [self.columns, rule, *self.cells()]
         return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
     def csv(self) -> str:
