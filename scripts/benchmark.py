@@ -40,11 +40,11 @@ from torch.profiler import profile
 from timm_weighted_skip import set_fused_merge
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.analysis.tables import Table
+from timm_weighted_skip.checks import check_device
 from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
 from timm_weighted_skip.models.blocks import WeightedBottleneck
-from timm_weighted_skip.nets import check_device
 
 # Plain net -> what is compared with it.
 BACKBONES = {
@@ -265,7 +265,7 @@ def readme_table(files: list[Path]) -> str:
     of_device: dict[str, list[tuple[dict, dict[str, dict]]]] = {}
     for file in files:
         try:
-            run = json.loads(file.read_text())
+            run = json.loads(file.read_text(encoding='utf-8'))
             setting, rows = run['setting'], {row['model']: row for row in run['rows']}
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f'{file} is not a file that --json wrote') from error

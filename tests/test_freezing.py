@@ -297,7 +297,7 @@ def test_gates_at_their_start_are_half_to_the_bit_in_the_first_backbone_phase():
 
 @pytest.mark.parametrize('period', [-1, 1.5, True, '3', None])
 def test_period_is_a_number_of_epochs(period):
-    with pytest.raises(ValueError, match=r'period=.* is not a number of epochs'):
+    with pytest.raises(ValueError, match=r'period=.* is not allowed; give a whole number of 0 or more'):
         AlternateFreezing(period)
 
 
@@ -331,8 +331,11 @@ def _rank(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     net = make_net()
-    with pytest.raises(ValueError, match='find_unused_parameters=True'):
-        AlternateFreezing(1)(nn.parallel.DistributedDataParallel(net), 0)
+    waiting = nn.parallel.DistributedDataParallel(net)
+    static = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True, static_graph=True)
+    for model in (waiting, static, torch.compile(waiting)):
+        with pytest.raises(ValueError, match='find_unused_parameters=True and without static_graph'):
+            AlternateFreezing(1)(model, 0)
     model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
     optimizer, freezing = create_optimizer_v2(net, **SGD), AlternateFreezing(1)
     for epoch in range(3):

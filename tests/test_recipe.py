@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
+from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_path
 
 
 def test_an_unknown_recipe_key_names_its_neighbours(tmp_path):
@@ -59,3 +59,10 @@ def test_a_recipes_bad_value_is_refused(name, value, why):
 def test_every_recipe_of_this_trainer_loads():
     for name in set(list_recipes()) - {'awm_imagenet'}:
         assert load_recipe(name, epochs=7).epochs == 7
+
+
+def test_the_recipe_for_imagenet_is_the_papers():
+    recipe = read_yaml(recipe_path('awm_imagenet'))
+    expected = dict(epochs=100, alternate_freeze=3, lr=0.1, weight_decay=1e-4, decay_epochs=30, decay_rate=0.1)
+    assert {name: recipe[name] for name in expected} == expected
+    assert 8 * recipe['batch_size'] == 256  # of eight devices

@@ -7,7 +7,6 @@ The papers call `F` the transformed data (tfd) and `s` the input represent data 
 Shapes: N images, C channels, H x W pixels, K incoming units of a concatenation, e hidden width of a gate.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import List, Literal, Union  # noqa: UP035  TorchScript reads List
 
@@ -16,24 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_weighted_skip import fused, fused_norm
+from timm_weighted_skip.checks import check_choice, check_count, is_finite_number
 
 __all__ = ['ActiveWeightedConcat', 'ActiveWeightedMapping', 'Gate', 'SkipWeight', 'skip_weights']
 
 SkipInit = Union[float, Literal['normal']]
-
-
-def check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'{name}={value!r} is not allowed; give a whole number of 1 or more')
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name}={value!r} is not allowed; choose one of {", ".join(map(repr, choices))}')
-
-
-def is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class SkipWeight(nn.Module):

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from timm_weighted_skip.analysis.collect import collect
 from timm_weighted_skip.analysis.inspection import gate_table
 from timm_weighted_skip.analysis.tables import require
+from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.data import load_image_set
-from timm_weighted_skip.layers import check_count
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 from timm_weighted_skip.train.trainer import Trainer, make_net

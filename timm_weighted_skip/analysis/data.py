@@ -11,8 +11,8 @@ from timm.data import ImageDataset, create_dataset, create_transform, resolve_da
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from timm_weighted_skip.checks import check_classes, check_input_size, input_channels
 from timm_weighted_skip.data import FETCHED, ImageSet, load_image_set, open_folder, read_image, torchvision_reason
-from timm_weighted_skip.nets import check_classes, check_input_size, input_channels
 
 __all__ = ['LabelledImages', 'load_images']
 

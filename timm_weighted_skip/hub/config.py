@@ -8,8 +8,7 @@ from typing import Any, Optional
 from timm.models import filter_pretrained_cfg, is_model
 from torch import nn
 
-from timm_weighted_skip.layers import is_finite_number
-from timm_weighted_skip.nets import input_channels
+from timm_weighted_skip.checks import input_channels, is_finite_number
 
 __all__ = ['FILES', 'SAMPLE', 'Results', 'add_results', 'args_beside_weights', 'model_config', 'one_line']
 

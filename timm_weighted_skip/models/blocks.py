@@ -8,9 +8,10 @@ from timm.models import build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.fused import can_fuse
 from timm_weighted_skip.fused_norm import can_fuse_norm
-from timm_weighted_skip.layers import check_count, why_not_shared
+from timm_weighted_skip.layers import why_not_shared
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, pretrained_source
 
 __all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet']

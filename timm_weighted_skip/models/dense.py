@@ -9,8 +9,9 @@ from timm.models import build_model_with_cfg
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet, DenseTransition
 from torch import nn
 
+from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.fused_concat import DenseFeatures, can_buffer, can_read, read
-from timm_weighted_skip.layers import ActiveWeightedConcat, check_count
+from timm_weighted_skip.layers import ActiveWeightedConcat
 from timm_weighted_skip.models.blocks import ChecksInputSize
 from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, pretrained_source
 

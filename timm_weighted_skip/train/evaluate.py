@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from timm_weighted_skip.checks import check_classes, check_count, check_device, check_input_size, input_channels
 from timm_weighted_skip.data import ImageSet
-from timm_weighted_skip.layers import check_count
-from timm_weighted_skip.nets import check_classes, check_device, check_input_size, input_channels
 from timm_weighted_skip.train.batches import Batches
 
 __all__ = ['evaluate', 'evaluate_on']

@@ -7,7 +7,8 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_weighted_skip.layers import Gate, check_choice
+from timm_weighted_skip.checks import check_choice, check_count
+from timm_weighted_skip.layers import Gate
 
 __all__ = ['AlternateFreezing', 'Phase']
 
@@ -66,8 +67,7 @@ class AlternateFreezing:
         freeze: Literal['strict', 'released'] = 'strict',
         freeze_bn_stats: bool = False,
     ) -> None:
-        if isinstance(period, bool) or not isinstance(period, int) or period < 0:
-            raise ValueError(f'period={period!r} is not a number of epochs; give a whole number of 0 or more')
+        check_count('period', period, least=0)
         check_choice('count', count, ('total', 'extra'))
         check_choice('freeze', freeze, ('strict', 'released'))
         self.period = period

@@ -1,13 +1,15 @@
-"""What alternating training changes in a loaded train.py of timm: four of its names are wrapped, none of its code is.
+"""What alternating training changes in a loaded train.py of timm: three of its names are wrapped, none of its code is.
 
 `train_one_epoch` freezes before every epoch; `create_scheduler_v2` counts gate epochs on top where that is asked for;
-`create_loader` crops from a padded image; `DistributedDataParallel` learns to expect parameters at rest.
+`create_loader` crops from a padded image. Beside the script, torch's `DistributedDataParallel` learns, for the whole
+process, to expect parameters at rest.
 """
 
 import argparse
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.train.freezing import AlternateFreezing
+from timm_weighted_skip.train.recipe import Recipe, add_option
 
 __all__ = ['add_arguments', 'install']
 
@@ -27,29 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-c also takes the name of a recipe. `--train-script PATH` names this script's file, `--script validate` "
         '(benchmark, inference, onnx_export) runs another one with the nets registered.',
     )
-    group.add_argument(
-        '--alternate-freeze', type=int, default=0, metavar='T', help='epochs per phase; 0 trains all together (default)'
-    )
-    group.add_argument(
-        '--alternate-count',
-        default='total',
-        metavar='HOW',
-        help="'total': --epochs contains both phases (default); 'extra': gate epochs come on top",
-    )
-    group.add_argument(
-        '--alternate-rule',
-        default='strict',
-        metavar='RULE',
-        help="'strict': a gate phase freezes the whole backbone (default); 'released': its weights only",
-    )
-    group.add_argument('--alternate-bn-stats', action='store_true', help='keep running statistics in gate phases')
-    group.add_argument(
-        '--pad-crop',
-        type=int,
-        default=0,
-        metavar='N',
-        help='augment by random crops after padding by N and --hflip only',
-    )
+    for option in fields(Recipe):
+        if option.name.startswith('alternate_'):
+            add_option(group, option, option.default)
+        elif option.name == 'pad_crop':
+            add_option(
+                group, option, option.default, help='augment by random crops after padding by N and --hflip only'
+            )
 
 
 def install(script: ModuleType, args: argparse.Namespace, default_period: int = 0) -> None:
@@ -75,8 +63,7 @@ def install(script: ModuleType, args: argparse.Namespace, default_period: int = 
         getattr(args, 'alternate_bn_stats', False),
     )
     pad_crop = getattr(args, 'pad_crop', 0)
-    if isinstance(pad_crop, bool) or not isinstance(pad_crop, int) or pad_crop < 0:
-        raise ValueError(f'pad_crop={pad_crop!r} is not allowed; give a whole number of 0 or more')
+    check_count('pad_crop', pad_crop, least=0)
     hooked: Any = script
     if pad_crop:
         hooked.create_loader = _with_pad_crop(hooked.create_loader, pad_crop)

@@ -17,11 +17,12 @@ from typing import Any, Literal, Optional
 import yaml
 from timm.utils import ParseKwargs
 
-from timm_weighted_skip.layers import check_choice, check_count
+from timm_weighted_skip.checks import check_choice, check_count
 
 __all__ = [
     'NamedValues',
     'Recipe',
+    'add_option',
     'add_recipe_arguments',
     'list_recipes',
     'load_recipe',
@@ -128,10 +129,14 @@ class Recipe:
     min_lr: float = _option(0.0, 'lowest learning rate (not of step, multistep)', float, 'LR')
     warmup_epochs: int = _option(0, 'epochs of warm-up', int, 'N')
     warmup_lr: float = _option(1e-5, 'where the warm-up starts', float, 'LR')
-    cooldown_epochs: int = _option(0, 'epochs at the lowest rate after it (cosine, tanh, poly)', int, 'N')
+    cooldown_epochs: int = _option(0, 'epochs at --min-lr after the schedule (cosine, tanh, poly)', int, 'N')
     decay_epochs: float = _option(90, "epochs between drops ('step')", float, 'N')
     decay_milestones: list[int] = _option(
-        [90, 180, 270], "the drops' epochs + 1; with --sched-on-updates, the epochs ('multistep')", int, 'N', nargs='+'
+        [90, 180, 270],
+        "one more than the epochs before each drop; with --sched-on-updates as many ('multistep')",
+        int,
+        'N',
+        nargs='+',
     )
     decay_rate: float = _option(0.1, 'factor of a drop', float)
 
@@ -143,8 +148,8 @@ class Recipe:
     smoothing: float = _option(0.1, 'label smoothing', float)
 
     model_ema: bool = _switch(False, 'keep a moving average of the weights and measure that')
-    model_ema_decay: float = _option(0.9998, 'its decay', float)
-    model_ema_warmup: bool = _switch(False, 'start with a smaller decay')
+    model_ema_decay: float = _option(0.9998, 'decay of the moving average', float)
+    model_ema_warmup: bool = _switch(False, 'start the moving average with a smaller decay')
 
     grad_checkpointing: bool = _switch(
         False, 'compute activations twice to keep fewer; norms see each batch twice, too'
@@ -164,9 +169,7 @@ class Recipe:
         for name in ('epochs', 'batch_size', 'grad_accum_steps'):
             check_count(name, getattr(self, name))
         for name in ('seed', 'alternate_freeze', 'pad_crop', 'warmup_epochs', 'cooldown_epochs'):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f'{name}={value!r} is not allowed; give a whole number of 0 or more')
+            check_count(name, getattr(self, name), least=0)
         for name in ('lr', 'momentum', 'weight_decay', 'min_lr', 'warmup_lr', 'decay_rate'):
             value = self._as_number(name)
             if not 0 <= value < math.inf:
@@ -205,11 +208,29 @@ class Recipe:
         return getattr(self, name)
 
 
+def add_option(group: Any, option: Field, default: Any = argparse.SUPPRESS, **changed: Any) -> None:
+    """Add the option of a field of `Recipe` to a group of arguments; its help ends in the field's default.
+
+    Args:
+        group: What has argparse's `add_argument`.
+        option: The field.
+        default: Of the parsed arguments; by default those that are not given are absent.
+        changed: Of argparse's arguments those that are others here.
+    """
+    arguments = {**option.metadata, **changed}
+    value = getattr(Recipe(), option.name)
+    if isinstance(value, (str, float, int, list)) and not isinstance(value, bool):
+        arguments['help'] += f' ({" ".join(map(str, value)) if isinstance(value, list) else value})'
+    group.add_argument(f'--{option.name.replace("_", "-")}', default=default, **arguments)
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of `Recipe`; those that are not given are absent from the parsed arguments."""
-    group = parser.add_argument_group('recipe', 'what the recipe says, overridden')
+    """An option for every field of `Recipe`."""
+    group = parser.add_argument_group(
+        'recipe', 'what the recipe says, overridden; in brackets what holds if neither says anything'
+    )
     for option in fields(Recipe):
-        group.add_argument(f'--{option.name.replace("_", "-")}', default=argparse.SUPPRESS, **option.metadata)
+        add_option(group, option)
 
 
 def recipe_arguments(options: dict[str, Any]) -> list[str]:

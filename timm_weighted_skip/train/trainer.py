@@ -21,9 +21,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
+from timm_weighted_skip.checks import check_device
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.names import check_model_name
-from timm_weighted_skip.nets import DAMAGED, MISFITS, check_device
+from timm_weighted_skip.nets import DAMAGED, MISFITS
 from timm_weighted_skip.train.batches import Batches, mix_seed
 from timm_weighted_skip.train.evaluate import evaluate
 from timm_weighted_skip.train.freezing import AlternateFreezing
