@@ -27,8 +27,7 @@ from tqdm import tqdm
 from timm_weighted_skip.analysis.curves import read_run
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.files import write_file
-from timm_weighted_skip.train.runs import alone_in, holds_run
-from timm_weighted_skip.train.runs import read_run as read_task
+from timm_weighted_skip.train.runs import alone_in, holds_run, read_task
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = ROOT / 'scripts' / 'reproduce' / 'manifest.yaml'
@@ -64,8 +63,9 @@ class Process:
         return self.epochs - before
 
     def last_line(self) -> str:
-        output = self.folder.with_suffix('.out').read_text(errors='replace').replace('\r', '\n').splitlines()
-        return output[-1] if output else 'no output'
+        output = self.folder.with_suffix('.out').read_text(encoding='utf-8', errors='replace')
+        lines = output.replace('\r', '\n').splitlines()
+        return lines[-1] if lines else 'no output'
 
 
 def busy(folder: Path) -> bool:

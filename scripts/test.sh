@@ -3,5 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/install.sh test
-export PYTHONWARNDEFAULTENCODING=1  # our own files are UTF-8, whatever the locale; a warning is an error, see pyproject.toml
 exec .venv/bin/python -m pytest "$@"

@@ -54,7 +54,7 @@ def rows(path):
 
 
 def test_inspect_writes_what_it_prints(folder, tmp_path, capsys):
-    assert main(['inspect', str(folder), '--data', 'digits', '--per-class', '--out', str(tmp_path)]) == 0
+    assert main(['inspect', str(folder), '--data', 'digits', '--per-class', '--output', str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     table = rows(tmp_path / 'weights.csv')
     assert [row['unit'] for row in table] == [f'layer{s}.{b}' for s in (1, 2, 3) for b in (0, 1)]
@@ -70,7 +70,7 @@ def test_inspect_writes_what_it_prints(folder, tmp_path, capsys):
 def test_a_run_gives_the_weights_of_the_same_net_in_a_checkpoint_folder(folder, tmp_path):
     run = run_folder(tmp_path / 'run', make_net(), 'awm_resnet14_cifar')
     for source, out in ((folder, 'a'), (run, 'b'), (run / 'last.safetensors', 'c')):
-        assert main(['inspect', str(source), '--data', 'digits', '--out', str(tmp_path / out)]) == 0
+        assert main(['inspect', str(source), '--data', 'digits', '--output', str(tmp_path / out)]) == 0
     assert rows(tmp_path / 'a' / 'weights.csv') == rows(tmp_path / 'b' / 'weights.csv')
     assert rows(tmp_path / 'a' / 'weights.csv') == rows(tmp_path / 'c' / 'weights.csv')
 
@@ -83,11 +83,11 @@ def test_rounds_and_variance_from_files_and_runs(tmp_path):
         save_file(net.state_dict(), files[-1])
         weights.append([float(net.get_submodule(f'layer{s}.{b}').merge.weight.detach()) for s, b in layers])
     net_of = ['adaresnet14_cifar', '--model-kwargs', 'in_chans=1']
-    assert main(['inspect', *net_of, '--checkpoint', *files, '--out', str(tmp_path)]) == 0
+    assert main(['inspect', *net_of, '--checkpoint', *files, '--output', str(tmp_path)]) == 0
     table = rows(tmp_path / 'weights.csv')
     np.testing.assert_allclose([[float(row[f'round_{r}']) for row in table] for r in range(1, 5)], weights)
     groups = ['--group', 'a', *files[:2], '--group', 'b', *files[2:]]
-    assert main(['variance', *groups, '--model', *net_of, '--out', str(tmp_path)]) == 0
+    assert main(['variance', *groups, '--model', *net_of, '--output', str(tmp_path)]) == 0
     w = np.abs(np.array(weights).reshape(2, 2, 6))
     value = {row['of']: float(row['value']) for row in rows(tmp_path / 'variance.csv')}
     assert value['a'] == pytest.approx(w[0].var(0).mean())
@@ -98,7 +98,7 @@ def test_rounds_and_variance_from_files_and_runs(tmp_path):
 
 def test_extremes_and_discriminate(folder, tmp_path):
     for verb in ('extremes', 'discriminate'):
-        assert main([verb, str(folder), '--data', 'digits', '--out', str(tmp_path)]) == 0
+        assert main([verb, str(folder), '--data', 'digits', '--output', str(tmp_path)]) == 0
     sums = [float(row['lam1 sum']) for row in rows(tmp_path / 'extremes.csv')]
     assert len(sums) == 32
     assert sums[:16] == sorted(sums[:16])
@@ -115,13 +115,13 @@ def test_extremes_and_discriminate(folder, tmp_path):
 def test_report_of_a_run(tmp_path):
     run = run_folder(tmp_path / 'run', make_net(), 'awm_resnet14_cifar')
     out = tmp_path / 'report.html'
-    assert main(['report', str(run), '--data', 'digits', '--out', str(out)]) == 0
+    assert main(['report', str(run), '--data', 'digits', '--output', str(out)]) == 0
     page = out.read_text()
     assert all(f'>{heading}</h2>' in page for heading in ('Model', 'Run', 'Curves', 'Weights', 'Extremes'))
     assert page.count('src="data:image/') == 4
-    assert main(['report', 'adaresnet14_cifar', '--out', str(out)]) == 0
+    assert main(['report', 'adaresnet14_cifar', '--output', str(out)]) == 0
     other = run_folder(tmp_path / 'other', make_net(seed=1), 'awm_resnet14_cifar') / 'last.safetensors'
-    assert main(['report', str(run), '--checkpoint', str(other), '--out', str(out)]) == 0
+    assert main(['report', str(run), '--checkpoint', str(other), '--output', str(out)]) == 0
     page = out.read_text()
     assert not any(f'>{heading}</h2>' in page for heading in ('Run', 'Recipe', 'Curves'))
     assert f'with the weights of {other}' in page
@@ -176,8 +176,8 @@ def test_a_class_may_be_called_anything(folder, tmp_path):
     names = ['$a_{$', *'123456789']
     np.savez(tmp_path / 'own_test.npz', images=images['images'], labels=images['labels'], classes=names)
     out = str(tmp_path / 'out')
-    assert main(['inspect', str(folder), *arguments, '--per-class', '--out', out]) == 0
-    assert main(['extremes', str(folder), *arguments, '--count', '2', '--out', out]) == 0
+    assert main(['inspect', str(folder), *arguments, '--per-class', '--output', out]) == 0
+    assert main(['extremes', str(folder), *arguments, '--count', '2', '--output', out]) == 0
 
 
 def test_images_from_npz_and_folders(folder, tmp_path, capsys):
@@ -193,7 +193,7 @@ def test_images_from_npz_and_folders(folder, tmp_path, capsys):
     means = []
     for data in ('own', 'folder'):
         out = tmp_path / data
-        assert main(['inspect', str(folder), '--data', data, '--data-dir', str(tmp_path), '--out', str(out)]) == 0
+        assert main(['inspect', str(folder), '--data', data, '--data-dir', str(tmp_path), '--output', str(out)]) == 0
         means.append([float(row['mean']) for row in rows(out / 'weights.csv')])
     np.testing.assert_allclose(*means, rtol=1e-5)
     path.joinpath('0.png').write_bytes(b'cut off')
@@ -250,14 +250,14 @@ def half_a_checkpoint(path, folder: str) -> str:
         (lambda f, t: ['inspect', f, f, '--data', 'digits'], '2 nets with --data'),
         (lambda f, t: ['inspect', f, '--per-class'], '--per-class needs images'),
         (lambda f, t: ['inspect', f, '--data-dir', str(t)], '--data-dir needs images; give --data'),
-        (lambda f, t: ['report', f, '--mean', '0', '--out', str(t / 'page.html')], '--mean needs images; give --data'),
+        (lambda f, t: ['report', f, '--mean', '0', '--output', str(t / 'page')], '--mean needs images; give --data'),
         (lambda f, t: ['inspect', f, '--data', 'mnist', '--data-dir', str(t)], 'train and eval fetch with --download'),
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', f + '/config.json'], 'is not a checkpoint'),
         (lambda f, t: ['inspect', 'adaresnet18_released', *npz(t, np.zeros((9, 8, 8), np.uint8))], 'do not depend on'),
         (lambda f, t: ['variance', '--group', 'a', f, 'awm_resnet14_cifar.digits'], 'an AWM net'),
         (lambda f, t: ['variance', '--group', 'a', f, f + '/'], 'a checkpoint is given twice'),
-        (lambda f, t: ['report', f, '--out', str(t)], 'is a folder; give the name of a file'),
-        (lambda f, t: ['quickstart', '--out', f + '/config.json'], 'is a file; give the name of a folder'),
+        (lambda f, t: ['report', f, '--output', str(t)], 'is a folder; give the name of a file'),
+        (lambda f, t: ['quickstart', '--output', f + '/config.json'], 'is a file; give the name of a folder'),
         (lambda f, t: ['variance', '--group', 'a'], "group 'a' has no checkpoints"),
         (lambda f, t: ['curves', f], 'neither log.jsonl nor summary.csv'),
         (lambda f, t: ['inspect', f, '--data', 'digits', '--input-size', '1', '2', '8'], '2x8 pixels are too small'),
@@ -284,7 +284,7 @@ def test_nan_weights_are_named(tmp_path, capsys):
 def test_without_the_extra_the_command_says_what_to_install(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tables, 'find_spec', lambda name: None)
     for command in (
-        ['inspect', str(folder), '--out', str(tmp_path / 'out')],
+        ['inspect', str(folder), '--output', str(tmp_path / 'out')],
         ['discriminate', str(folder), '--data', 'digits'],
         ['report', str(folder)],
     ):

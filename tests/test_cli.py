@@ -45,13 +45,13 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
 def test_ctrl_c_in_the_quickstarts_training_is_no_traceback(monkeypatch, capsys, tmp_path):
     step = torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, 'step', lambda *args: os.kill(os.getpid(), signal.SIGINT) or step(*args))
-    assert cli.main(['quickstart', '--epochs', '2', '--seeds', '1', '--out', str(tmp_path)]) == 130
+    assert cli.main(['quickstart', '--epochs', '2', '--seeds', '1', '--output', str(tmp_path)]) == 130
     assert 'Traceback' not in capsys.readouterr().err
 
 
 def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    assert cli.main(['quickstart', '--epochs', '4', '--period', '2', '--seeds', '1', '--out', str(tmp_path)]) == 0
+    assert cli.main(['quickstart', '--epochs', '4', '--period', '2', '--seeds', '1', '--output', str(tmp_path)]) == 0
     printed = capsys.readouterr()
     accuracies = [float(line.split()[2]) for line in printed.out.splitlines() if line.endswith('% (n=1)')]
     assert len(accuracies) == 2
@@ -62,7 +62,7 @@ def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path, monkeypatch):
 
 
 def test_quickstart_in_a_log_is_a_line_per_training(capsys, tmp_path):
-    assert cli.main(['quickstart', '--epochs', '1', '--seeds', '2', '--out', str(tmp_path)]) == 0
+    assert cli.main(['quickstart', '--epochs', '1', '--seeds', '2', '--output', str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert printed.err == ''
     for line, start in zip(printed.out.splitlines(), ('plain seed 0', 'AWM   seed 0', 'plain seed 1', 'AWM   seed 1')):
@@ -83,7 +83,7 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, capsys):
 
 def test_a_reader_that_stops_early_loses_no_files(tmp_path):
     command = [sys.executable, '-m', 'timm_weighted_skip.cli', 'inspect', 'awm_resnet14_cifar.digits']
-    process = subprocess.Popen([*command, '--out', str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*command, '--output', str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()  # as `head` does, here at once
     assert (process.stderr.read(), process.wait()) == (b'', 0)
     assert (tmp_path / 'units.csv').is_file()

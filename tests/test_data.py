@@ -1,6 +1,7 @@
 """Image sets in memory and their batches, against torchvision's transforms."""
 
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from timm_weighted_skip.analysis.data import load_images
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.recipe import Recipe
+from timm_weighted_skip.train.runs import Task, run_seeds
 from timm_weighted_skip.train.trainer import normalisation
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -23,6 +25,19 @@ def image_set(count=20, size=8, channels=3, classes=4):
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(256, size=(count, size, size, channels), dtype=np.uint8))
     return ImageSet(images, torch.arange(count) % classes, tuple('abcd'[:classes]))
+
+
+@pytest.mark.parametrize('download', [False, True])
+def test_torchvision_fetches_what_it_is_asked_to(monkeypatch, tmp_path, download):
+    def stand_in(root, train, download):
+        asked.append((root, train, download))
+        return SimpleNamespace(data=np.zeros((2, 32, 32, 3), np.uint8), targets=[0, 1], classes=['a', 'b'])
+
+    asked = []
+    monkeypatch.setattr('torchvision.datasets.CIFAR10', stand_in)
+    task = Task('awm_resnet14_cifar', 'cifar10', str(tmp_path), download, recipe=Recipe(epochs=1, batch_size=2))
+    assert run_seeds(task, tmp_path / 'run', [0])['last']['epoch'] == 0
+    assert asked == [(str(tmp_path), True, download), (str(tmp_path), False, download)]
 
 
 def test_pixel_statistics_are_the_recipes_else_the_nets_else_the_images():

@@ -1,5 +1,6 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import ast
 import os
 import stat
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from timm_weighted_skip.files import replacing, write_file
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
@@ -60,3 +63,15 @@ def test_the_umask_is_respected(tmp_path):
         finally:
             os.umask(before)
         assert stat.S_IMODE((tmp_path / 'table.csv').stat().st_mode) == mode
+
+
+@pytest.mark.parametrize('folder', ['timm_weighted_skip', 'scripts'])
+def test_text_is_read_as_it_was_written_whatever_the_locale(folder):
+    calls = [
+        (file.name, call)
+        for file in (ROOT / folder).rglob('*.py')
+        for call in ast.walk(ast.parse(file.read_bytes()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == 'read_text'
+    ]
+    assert len(calls) > 2
+    assert [f'{name}:{call.lineno}' for name, call in calls if 'encoding' not in {k.arg for k in call.keywords}] == []

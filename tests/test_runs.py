@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm_weighted_skip.cli import main
 from timm_weighted_skip.hub import save_checkpoint
 from timm_weighted_skip.nets import load_net
-from timm_weighted_skip.train.runs import read_run
+from timm_weighted_skip.train.runs import read_task
 
 
 def train(folder, *more):
@@ -56,7 +56,7 @@ def test_it_goes_on_with_its_data_and_on_a_device_of_elsewhere(tmp_path, capsys)
     assert main(['train', '--resume', str(folder)]) == 1
     assert "device 'abacus' is not to be had" in capsys.readouterr().err
     assert main(['train', '--resume', str(folder), '--device', 'cpu', '--data-dir', str(moved)]) == 0
-    task, _ = read_run(folder)
+    task, _ = read_task(folder)
     assert (task.device, task.data_dir) == ('cpu', str(moved))
     for other in (['--seeds', '1', '2'], ['--model', 'resnet14_cifar'], ['--pretrained'], ['--lr', '0.1']):
         assert main(['train', '--resume', str(folder), *other]) == 1

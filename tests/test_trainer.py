@@ -20,7 +20,7 @@ from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.pretrained import checkpoint_root
 from timm_weighted_skip.train import checkpoint as checkpoints
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
-from timm_weighted_skip.train.runs import Run, command_of, run_seeds, task_of
+from timm_weighted_skip.train.runs import Task, command_of, run_seeds, task_of
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -287,7 +287,7 @@ def test_bad_input_is_one_line_and_an_exit_status(tmp_path, capsys, more, messag
 
 
 def test_two_seeds_differ_and_one_seed_repeats(tmp_path):
-    task = Run('awm_resnet14_cifar', 'digits', recipe=Recipe(**{**BASE, 'epochs': 1, 'batch_size': 64}))
+    task = Task('awm_resnet14_cifar', 'digits', recipe=Recipe(**{**BASE, 'epochs': 1, 'batch_size': 64}))
     nets = [
         (run_seeds(task, tmp_path / f'{i}', [seed]), load_file(tmp_path / f'{i}' / 'last.safetensors'))[1]
         for i, seed in enumerate((3, 3, 4))

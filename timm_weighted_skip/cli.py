@@ -55,13 +55,13 @@ def add_quickstart(verbs) -> None:
     parser.add_argument('--period', type=int, default=3, help='epochs per phase (default: %(default)s)')
     parser.add_argument('--seeds', type=int, default=3, help='trainings of either net (default: %(default)s)')
     parser.add_argument(
-        '--out', type=Path, default=Path('quickstart'), help="the picture's folder (default: %(default)s)"
+        '--output', type=Path, default=Path('quickstart'), help="the picture's folder (default: %(default)s)"
     )
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.quickstart import quickstart
 
-        quickstart(args.epochs, args.period, args.seeds, args.out)
+        quickstart(args.epochs, args.period, args.seeds, args.output)
 
     parser.set_defaults(run=run)
 
@@ -76,7 +76,7 @@ def _add_net_arguments(parser: argparse.ArgumentParser, several: Optional[str] =
                         help='arguments of the model, such as num_classes=100')  # fmt: skip
 
 
-def _add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+def _add_analysis_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     group = parser.add_argument_group('data')
     group.add_argument('--data', required=required, metavar='NAME',
                        help="'digits'; 'folder': DIR/{train,validation}/CLASS/IMAGE; DIR/NAME_{train,test}.npz or "
@@ -91,19 +91,21 @@ def _add_data_arguments(parser: argparse.ArgumentParser, required: bool) -> None
 
 
 def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
-    """Have `analysis.commands.<work>` print its result and, with --out, write it to files."""
-    parser.add_argument('--out', metavar='DIR', help='also write the numbers as CSV and JSON, pictures as PNG and SVG')
+    """Have `analysis.commands.<work>` print its result and, with --output, write it to files."""
+    parser.add_argument(
+        '--output', metavar='DIR', help='also write the numbers as CSV and JSON, pictures as PNG and SVG'
+    )
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis import commands
         from timm_weighted_skip.analysis.tables import require
 
-        if args.out:
+        if args.output:
             require('matplotlib')
         result = getattr(commands, work)(args)
         _show(result.text())
-        if args.out:
-            result.save(args.out)
+        if args.output:
+            result.save(args.output)
 
     parser.set_defaults(run=run)
 
@@ -112,7 +114,7 @@ def add_inspect(verbs) -> None:
     """`inspect`: every mapping unit and its weight."""
     parser = verbs.add_parser('inspect', help='the weights of every mapping unit')
     _add_net_arguments(parser, several='+')
-    _add_data_arguments(parser, required=False)
+    _add_analysis_data_arguments(parser, required=False)
     parser.add_argument('--per-class', action='store_true', help='the weights of the images of each class as well')
     _set_analysis(parser, 'inspect_result')
 
@@ -125,7 +127,8 @@ def add_variance(verbs) -> None:
     parser.add_argument('--group', nargs='+', action='append', required=True, metavar=('NAME', 'CHECKPOINT'),
                         help='a name and trainings of a model: runs, folders with config.json or weights')  # fmt: skip
     parser.add_argument('--model', help='what the checkpoints are of, if they are bare files of weights')
-    parser.add_argument('--model-kwargs', nargs='+', default={}, action=NamedValues, metavar='NAME=VALUE')
+    parser.add_argument('--model-kwargs', nargs='+', default={}, action=NamedValues, metavar='NAME=VALUE',
+                        help='arguments of that model')  # fmt: skip
     _set_analysis(parser, 'variance_result')
 
 
@@ -133,16 +136,18 @@ def add_extremes(verbs) -> None:
     """`extremes`: the images with the lowest and the highest sum of `lam1`."""
     parser = verbs.add_parser('extremes', help='images that use the residual branches least and most')
     _add_net_arguments(parser)
-    _add_data_arguments(parser, required=True)
+    _add_analysis_data_arguments(parser, required=True)
     parser.add_argument('--count', type=int, default=16, metavar='N', help='images of each end (default: %(default)s)')
     _set_analysis(parser, 'extremes_result')
 
 
 def add_discriminate(verbs) -> None:
     """`discriminate`: how well an image's weights tell its class."""
-    parser = verbs.add_parser('discriminate', help="how well an image's weights tell its class (PCA, LDA, class means)")
+    parser = verbs.add_parser(
+        'discriminate', help="how well an image's weights tell its class (unit variance, PCA, LDA, class means)"
+    )
     _add_net_arguments(parser)
-    _add_data_arguments(parser, required=True)
+    _add_analysis_data_arguments(parser, required=True)
     parser.add_argument('--dims', type=int, default=30, help='dimensions after LDA (default: %(default)s)')
     parser.add_argument('--pca-variance', type=float, default=0.99, help='variance kept by PCA (default: %(default)s)')
     parser.add_argument('--max-rank', type=int, default=10, help='default: %(default)s')
@@ -165,8 +170,8 @@ def add_report(verbs) -> None:
     """`report`: one HTML page about a run or a checkpoint."""
     parser = verbs.add_parser('report', help='one self-contained HTML page about a run or a checkpoint')
     _add_net_arguments(parser)
-    _add_data_arguments(parser, required=False)
-    parser.add_argument('--out', default='report.html', metavar='FILE', help='default: %(default)s')
+    _add_analysis_data_arguments(parser, required=False)
+    parser.add_argument('--output', default='report.html', metavar='FILE', help='default: %(default)s')
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis.commands import write_report
@@ -176,11 +181,11 @@ def add_report(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the verbs that read a trained net and write a checkpoint directory."""
     _add_net_arguments(parser)
     parser.add_argument(
-        '--results', type=Path, help="JSON file with what was measured, for the model card (save: the run's)"
+        '--results', type=Path, help="JSON file with what was measured, for the model card (of `save`: the run's)"
     )
     parser.add_argument(
         '--output',
@@ -190,8 +195,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_net(args: argparse.Namespace, model, model_args: dict, as_it_is: bool = False) -> None:
-    """Write what a verb of `add_source` made; what is known of a net `as_it_is` goes into the model card."""
+def _write_net(args: argparse.Namespace, model, model_args: dict, as_it_is: bool = False) -> None:
+    """Write what a verb of `_add_source_arguments` made; what is known of a net `as_it_is` goes into the model card."""
     from timm_weighted_skip.files import read_json
     from timm_weighted_skip.hub.config import Results
     from timm_weighted_skip.hub.save import save_checkpoint, save_weights
@@ -213,14 +218,14 @@ def write_net(args: argparse.Namespace, model, model_args: dict, as_it_is: bool 
 def add_save(verbs) -> None:
     """`save`: a trained net as a checkpoint directory."""
     parser = verbs.add_parser('save', help='make a checkpoint directory of a trained net: weights, config, model card')
-    add_source(parser)
+    _add_source_arguments(parser)
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.hub.source import load_net_and_args
 
         # What was measured of a run is not of its net with other weights or arguments.
         as_it_is = not args.checkpoint and not args.model_kwargs
-        write_net(args, *load_net_and_args(args.model, args.checkpoint, args.model_kwargs), as_it_is)
+        _write_net(args, *load_net_and_args(args.model, args.checkpoint, args.model_kwargs), as_it_is)
 
     parser.set_defaults(run=run)
 
@@ -228,7 +233,7 @@ def add_save(verbs) -> None:
 def add_convert(verbs) -> None:
     """`convert`: between plain, AdaResNet and AWM nets."""
     parser = verbs.add_parser('convert', help='turn a plain net into a weighted one of the same output, or back')
-    add_source(parser)
+    _add_source_arguments(parser)
     parser.add_argument('--to', required=True, choices=('awm', 'adaresnet', 'plain'), help='what to make of it')
 
     def run(args: argparse.Namespace) -> None:
@@ -237,7 +242,7 @@ def add_convert(verbs) -> None:
 
         model, model_args = load_net_and_args(args.model, args.checkpoint, args.model_kwargs)
         make = getattr(convert, f'to_{args.to}')
-        write_net(args, make(model), convert.plain_args(model_args))
+        _write_net(args, make(model), convert.plain_args(model_args))
 
     parser.set_defaults(run=run)
 
@@ -247,7 +252,7 @@ def add_fold(verbs) -> None:
     parser = verbs.add_parser(
         'fold', help="fold an AdaResNet's weights into its layers: the same output of a plain net, but where w <= 0"
     )
-    add_source(parser)
+    _add_source_arguments(parser)
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip import convert
@@ -258,7 +263,7 @@ def add_fold(verbs) -> None:
         if kept:
             print(f'still weighted, having w <= 0 on an identity shortcut: {", ".join(kept)}')
         fixed = {'skip_fixed': True} if kept and model_args.get('skip_fixed') else {}
-        write_net(args, folded, {**convert.plain_args(model_args), **fixed})
+        _write_net(args, folded, {**convert.plain_args(model_args), **fixed})
 
     parser.set_defaults(run=run)
 
@@ -290,7 +295,7 @@ def add_publish(verbs) -> None:
     parser.set_defaults(run=run)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_image_set_arguments(parser: argparse.ArgumentParser) -> None:
     """Which images, and where the work is done."""
     parser.add_argument('--data', metavar='SET', help='cifar10, cifar100, mnist, digits, folder, or NAME of NAME_*.npz')
     parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
@@ -313,7 +318,7 @@ def add_train(verbs) -> None:
     )
     parser.add_argument('--model', help=f'timm model name ({MODEL})')
     parser.add_argument('--pretrained', action='store_true', help='start from its checkpoint')
-    add_data_arguments(parser)
+    _add_image_set_arguments(parser)
     recipes = ', '.join(list_recipes())
     parser.add_argument(
         '--recipe', metavar='NAME', help=f"a YAML file, or one of {recipes} (awm_imagenet is for timm's script)"
@@ -326,7 +331,7 @@ def add_train(verbs) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis.moments import weight_moments
-        from timm_weighted_skip.train.runs import describe, read_run, run_seeds, task_of
+        from timm_weighted_skip.train.runs import describe, read_task, run_seeds, task_of
 
         if args.resume:
             others = vars(args).keys() - {'resume', 'device', 'data_dir'}
@@ -334,7 +339,7 @@ def add_train(verbs) -> None:
             if given:
                 raise ValueError(f'--resume goes on as the run was started; give no --{given[0].replace("_", "-")}')
             folder = Path(args.resume)
-            task, seeds = read_run(folder)
+            task, seeds = read_task(folder)
             task.device = args.device or task.device
             task.data_dir = str(Path(args.data_dir).absolute()) if args.data_dir else task.data_dir
         else:
@@ -354,7 +359,7 @@ def add_eval(verbs) -> None:
     """`eval`: the accuracy of trained weights."""
     parser = verbs.add_parser('eval', help='loss and accuracies of trained weights')
     _add_net_arguments(parser)
-    add_data_arguments(parser)
+    _add_image_set_arguments(parser)
     parser.add_argument('--batch-size', type=int, default=256, metavar='N', help='(%(default)s)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
 

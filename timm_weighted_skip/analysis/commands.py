@@ -18,8 +18,9 @@ from timm_weighted_skip.analysis.report import html_report
 from timm_weighted_skip.analysis.tables import Result, require
 from timm_weighted_skip.analysis.units import gates, mapping_units
 from timm_weighted_skip.analysis.variance import group_variance
+from timm_weighted_skip.checks import check_device
 from timm_weighted_skip.files import write_file
-from timm_weighted_skip.nets import check_device, load_net
+from timm_weighted_skip.nets import load_net
 
 __all__ = [
     'curve_result',
@@ -126,7 +127,7 @@ def curve_result(args: argparse.Namespace) -> Result:
 def write_report(args: argparse.Namespace) -> Path:
     """Write the HTML page; returns its path."""
     require('jinja2', 'matplotlib')
-    out = Path(args.out)
+    out = Path(args.output)
     if out.is_dir():
         raise ValueError(f'{out} is a folder; give the name of a file')
     sections: dict[str, Result] = {}

@@ -36,12 +36,12 @@ from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, r
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net, stop_signals
 
 __all__ = [
-    'Run',
+    'Task',
     'alone_in',
     'command_of',
     'describe',
     'holds_run',
-    'read_run',
+    'read_task',
     'run',
     'run_seeds',
     'summary',
@@ -53,7 +53,7 @@ Analysis = Callable[[nn.Module, Iterable[torch.Tensor]], Any]
 
 
 @dataclass
-class Run:
+class Task:
     """Which net a run trains, on what, by which recipe, by its name or file; see `load_image_set` for the data."""
 
     model: str
@@ -66,7 +66,7 @@ class Run:
     recipe: Recipe = field(default_factory=Recipe)
 
 
-def read_run(folder: Path) -> tuple[Run, list[int]]:
+def read_task(folder: Path) -> tuple[Task, list[int]]:
     """The run and the seeds that a folder was made for.
 
     Raises:
@@ -78,12 +78,12 @@ def read_run(folder: Path) -> tuple[Run, list[int]]:
     values = read_yaml(path)
     try:
         seeds, recipe = list(values.pop('seeds')), Recipe(**values.pop('recipe'))
-        return Run(**values, recipe=recipe), seeds
+        return Task(**values, recipe=recipe), seeds
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not this trainer's ({error})") from None
 
 
-def task_of(args: argparse.Namespace) -> tuple[Run, list[int], Path]:
+def task_of(args: argparse.Namespace) -> tuple[Task, list[int], Path]:
     """The run, seeds and folder that `weighted-skip train` was asked for."""
     if args.data is None:
         raise ValueError('--data is missing: the images to train on, such as cifar10 with --data-dir, or digits')
@@ -99,7 +99,7 @@ def task_of(args: argparse.Namespace) -> tuple[Run, list[int], Path]:
     data_dir = args.data_dir and str(Path(args.data_dir).absolute())
     where, model = parse_model_name(args.model)
     source = f'{where}:{Path(model).absolute()}' if where == 'local-dir' else args.model
-    task = Run(source, args.data, data_dir, args.download, args.pretrained, args.device, args.recipe, recipe)
+    task = Task(source, args.data, data_dir, args.download, args.pretrained, args.device, args.recipe, recipe)
     experiment = args.experiment or '-'.join(filter(None, (Path(model).name, args.data, name)))
     return task, args.seeds or [recipe.seed], Path(args.output) / experiment
 
@@ -126,7 +126,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def run_seeds(
-    task: Run, folder: Path, seeds: list[int], resume: bool = False, analysis: Optional[Analysis] = None
+    task: Task, folder: Path, seeds: list[int], resume: bool = False, analysis: Optional[Analysis] = None
 ) -> dict:
     """`run` for one seed in `folder`, for several in a folder each below it; returns `run`'s result or a summary."""
     if not resume and holds_run(folder):
@@ -180,7 +180,7 @@ def summary(results: list[dict]) -> dict:
     }
 
 
-def run(task: Run, folder: Path, analysis: Optional[Analysis] = None) -> dict:
+def run(task: Task, folder: Path, analysis: Optional[Analysis] = None) -> dict:
     """Train, from the folder's newest checkpoint if it has one, and write everything down there.
 
     Args:
@@ -251,7 +251,7 @@ def _note_machine(trainer: Trainer, machines: list[dict[str, Any]]) -> None:
         machines.append({**machine, 'from_epoch': trainer.position.epoch})
 
 
-def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar: tqdm) -> None:
+def _epoch(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any], bar: tqdm) -> None:
     """Train and measure one epoch, write its line and its checkpoint."""
     number = trainer.position.epoch
     bar.set_description(f'epoch {number + 1}/{trainer.epochs} {trainer.freezing.phase(number)}')
@@ -287,7 +287,7 @@ def _epoch(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], bar:
         raise EpochStopped
 
 
-def _trained(task: Run, trainer: Trainer) -> Trained:
+def _trained(task: Task, trainer: Trainer) -> Trained:
     """What the weights are of."""
     batches = trainer.test_batches
     size = [len(trainer.mean), batches.height, batches.width]
@@ -299,7 +299,7 @@ def _trained(task: Run, trainer: Trainer) -> Trained:
     return Trained(model, kwargs, list(batches.classes), size, mean, std, config.get('license'))
 
 
-def _save(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
+def _save(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
     weights = {'': trainer.net.state_dict()}
     if trainer.ema:
         weights['ema'] = trainer.ema.module.state_dict()
@@ -318,7 +318,7 @@ def _link(folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
         link(path, 'model_best.safetensors')
 
 
-def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
+def _resume(task: Task, folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Bring `trainer` to the folder's newest checkpoint, if there is one; returns the run's bookkeeping."""
     now = _trained(task, trainer)
     book: dict[str, Any] = {'log': [], 'wall_time': 0.0, 'machines': [], 'trained': now}
@@ -362,7 +362,7 @@ def _resume(task: Run, folder: Path, trainer: Trainer) -> dict[str, Any]:
     return book
 
 
-def command_of(task: Run) -> str:
+def command_of(task: Task) -> str:
     """What trains the net of a run again, with the data wherever they are."""
     known = task.recipe_name in list_recipes()
     recipe, base = asdict(task.recipe), asdict(load_recipe(task.recipe_name if known else None))
@@ -374,7 +374,7 @@ def command_of(task: Run) -> str:
     return shlex.join(['weighted-skip', 'train', *source, *recipe_arguments({**changed, 'seed': recipe['seed']})])
 
 
-def _finish(task: Run, folder: Path, trainer: Trainer, book: dict[str, Any], analysis: Optional[Analysis]) -> dict:
+def _finish(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any], analysis: Optional[Analysis]) -> dict:
     speeds = [line['images_per_second'] for line in book['log'] if line['images_per_second']]
     *earlier, machine = book['machines']
     result = {
