@@ -100,7 +100,7 @@ def collect(model: nn.Module, loader: Iterable, controls: bool = False, seed: in
     """Infer the weights of all images of `loader`, keeping of each batch only its row of results.
 
     Args:
-        model: An AWM net on any device, compiled or not.
+        model: An AWM net on any device; a compiled one is called uncompiled, and takes that time.
         loader: Batches of images (B, C, H, W) and labels (B,), with the set as its attribute `dataset`.
         controls: Also keep pixels, features and random gates; these take N times as many numbers as each has. Of
             images of more than 32 pixels a side, averages over areas are kept, 32 a side (PCA has no time for more).

@@ -9,7 +9,7 @@ __all__ = ['plain_args', 'rename']
 MERGE_ARGS = ('hidden', 'plain', 'scale', 'sharing', 'skip_fixed', 'skip_init')
 
 SYNONYMS = {'densenet_bc': 'densenet40_bc_cifar'}
-"""What is registered of an architecture whose short name only one of its forms has."""
+"""`awm_densenet_bc` is `awm_densenet40_bc_cifar`; its plain form is registered under the long name only."""
 
 
 def rename(model: nn.Module, prefix: str, **merge_args: Any) -> None:

@@ -1,8 +1,8 @@
 """AdaResNet: ResNets whose shortcuts have a learned weight, `y = relu(F(x) + w * s(x))`.
 
 Paper: `AdaResNet: Enhancing Residual Networks with Dynamic Weight Adjustment for Improved Feature Integration`,
-https://arxiv.org/abs/2408.09958. Model arguments beside timm's: `sharing`, `skip_init`, `skip_fixed` (see
-`skip_weights`), and `plain=True`, which leaves the weights out and is the baseline.
+https://arxiv.org/abs/2408.09958. Model arguments beside timm's: `sharing`, `skip_init` and `skip_fixed`
+(`sharing`, `init` and `fixed` of `skip_weights`), and `plain=True`, which leaves the weights out and is the baseline.
 """
 
 from timm.models import register_model
