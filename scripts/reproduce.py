@@ -27,6 +27,7 @@ from tqdm import tqdm
 from timm_weighted_skip.analysis.curves import read_run
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.files import write_file
+from timm_weighted_skip.nets import LOG
 from timm_weighted_skip.train.runs import alone_in, holds_run, read_task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +45,7 @@ def write_result(manifest: Manifest, job: Job, folder: Path) -> str:
 
 def finished_epochs(folder: Path) -> int:
     """Epochs that a run has behind it."""
-    log = folder / 'log.jsonl'
+    log = folder / LOG
     return log.read_bytes().count(b'\n') if log.exists() else 0
 
 

@@ -315,9 +315,10 @@ def test_a_cifar_nets_intermediates_take_their_arguments_by_position():
     torch.testing.assert_close(by_position, by_name)
 
 
-def test_features_are_chosen_by_feature_cfg_too():
-    model = timm.create_model('awm_resnet18', features_only=True, feature_cfg={'out_indices': (1, 3)})
-    assert model.feature_info.channels() == [64, 256]
+@pytest.mark.parametrize(('name', 'channels'), [('awm_resnet18', [64, 256]), ('awm_densenet22_bc_cifar', [60, 69])])
+def test_features_are_chosen_by_feature_cfg_too(name, channels):
+    model = timm.create_model(name, features_only=True, feature_cfg={'out_indices': (1, 3)})
+    assert model.feature_info.channels() == channels
 
 
 @pytest.mark.parametrize(

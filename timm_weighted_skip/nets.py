@@ -24,10 +24,13 @@ from timm_weighted_skip.files import read_json
 from timm_weighted_skip.models.names import check_model_name
 
 __all__ = [
+    'ARGS',
     'DAMAGED',
     'FOREIGN',
     'LAST',
+    'LOG',
     'MISFITS',
+    'RESULT',
     'NamedNet',
     'Trained',
     'architecture',
@@ -35,8 +38,8 @@ __all__ = [
     'load_net',
 ]
 
-LAST = 'last.safetensors'
-"""In the folder of a training run: the weights after its last epoch."""
+ARGS, LOG, RESULT, LAST = 'args.yaml', 'log.jsonl', 'result.json', 'last.safetensors'
+"""In the folder of a training run: what it was asked for, a line per epoch, what it measured, its last weights."""
 
 FOREIGN = {'cache_dir', 'checkpoint_path', 'features_only', 'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay'}
 """Arguments of `timm.create_model` that are not the net's; a file from somewhere has no business with them."""

@@ -20,7 +20,7 @@ from timm_weighted_skip.analysis.units import gates, mapping_units
 from timm_weighted_skip.analysis.variance import group_variance
 from timm_weighted_skip.checks import check_device
 from timm_weighted_skip.files import write_file
-from timm_weighted_skip.nets import load_net
+from timm_weighted_skip.nets import ARGS, load_net
 
 __all__ = [
     'curve_result',
@@ -115,7 +115,7 @@ def _of_seeds(folder: Path) -> list[Path]:
 def curve_result(args: argparse.Namespace) -> Result:
     """Curves of runs or, with `against`, what they end at; of several, those without an epoch are left out."""
     folders = [folder for named in args.runs for folder in _of_seeds(Path(named))]
-    begun = [folder for folder in folders if any((of / 'args.yaml').is_file() for of in (folder, folder.parent))]
+    begun = [folder for folder in folders if any((of / ARGS).is_file() for of in (folder, folder.parent))]
     early = [folder for folder in begun if not has_log(folder)]
     runs = [read_run(folder) for folder in folders if folder not in early or early == folders]
     result = sweep(runs, args.against) if args.against else curves(runs, args.error)

@@ -17,6 +17,7 @@ import numpy as np
 
 from timm_weighted_skip.analysis.figures import colour, legend_above, literal, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table
+from timm_weighted_skip.nets import LOG, RESULT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ class Run:
 
 def has_log(folder: Path) -> bool:
     """Whether `read_run` finds a log in `folder`."""
-    return (folder / 'log.jsonl').is_file() or (folder / 'summary.csv').is_file()
+    return (folder / LOG).is_file() or (folder / 'summary.csv').is_file()
 
 
 def _timm_log(rows: Iterable[list[str]]) -> list[dict[str, float]]:
@@ -92,7 +93,7 @@ def read_run(folder: Union[str, Path]) -> Run:
         ValueError: A log is empty or damaged, or its epochs are not numbered.
     """
     folder = Path(folder).resolve()
-    lines, summary, result = folder / 'log.jsonl', folder / 'summary.csv', folder / 'result.json'
+    lines, summary, result = folder / LOG, folder / 'summary.csv', folder / RESULT
     try:
         if lines.is_file():
             log = [json.loads(line) for line in lines.read_text(encoding='utf-8').splitlines() if line.strip()]

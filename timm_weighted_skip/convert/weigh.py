@@ -39,10 +39,8 @@ def _weigh_blocks(model: ResNet, merge: Callable[..., nn.Module]) -> None:
         model.__class__ = WeightedResNet  # which refuses unequal values of a shared weight
         model.min_input_size = 1  # it takes what the plain net takes
     for block in blocks.values():
-        last_conv = block.conv3 if isinstance(block, Bottleneck) else block.conv2
-        like = dict(device=last_conv.weight.device, dtype=last_conv.weight.dtype)
         block.__class__ = WEIGHTED[type(block)]
-        block.merge = merge(last_conv.out_channels, projection=block.downsample is not None, **like)
+        block.add_merge(merge)
         block.merge.train(block.training)
 
 

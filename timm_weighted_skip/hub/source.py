@@ -7,7 +7,7 @@ from torch import nn
 
 from timm_weighted_skip.files import read_json
 from timm_weighted_skip.hub.config import Results
-from timm_weighted_skip.nets import FOREIGN, LAST, architecture, find_net
+from timm_weighted_skip.nets import FOREIGN, LAST, RESULT, architecture, find_net
 
 __all__ = ['known_results', 'load_net_and_args']
 
@@ -43,7 +43,7 @@ def known_results(source: str) -> Optional[Results]:
         config = read_json(path / 'config.json')
         return Results.from_dict(config['results'], str(path / 'config.json')) if 'results' in config else None
     folder = path.parent if path.name == LAST else path
-    file, siblings = folder / 'result.json', folder.parent / 'result.json'
+    file, siblings = folder / RESULT, folder.parent / RESULT
     if not (folder / LAST).is_file() or not file.is_file():
         return None
     run, of_all = read_json(file), None

@@ -9,8 +9,8 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 
 from timm_weighted_skip.layers import SkipInit, skip_weights
-from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedBottleneck, WeightedResNet, build_resnet
-from timm_weighted_skip.models.pretrained import default_cfgs_of, timm_cfgs
+from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedBottleneck, WeightedResNet
+from timm_weighted_skip.models.pretrained import build, default_cfgs_of, timm_cfgs
 from timm_weighted_skip.models.resnet_cifar import CIFAR_DEPTHS, CifarResNet, cifar_cfg, cifar_layers
 from timm_weighted_skip.models.resnet_released import ReleasedResNet, released_cfg
 
@@ -36,7 +36,7 @@ def _create_adaresnet(
     **kwargs,
 ) -> ResNet:
     merge = skip_weights(sharing, skip_init, skip_fixed, plain)
-    return build_resnet(model_cls, variant, pretrained, merge=merge, **kwargs)
+    return build(model_cls, variant, pretrained, merge=merge, **kwargs)
 
 
 @register_model

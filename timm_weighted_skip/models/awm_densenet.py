@@ -8,9 +8,9 @@ https://arxiv.org/abs/1811.06878. Model arguments beside timm's: `hidden`, `scal
 from timm.models import register_model
 from timm.models.densenet import DenseNet
 
-from timm_weighted_skip.models.dense import WeightedDenseNet, build_densenet
+from timm_weighted_skip.models.dense import WeightedDenseNet
 from timm_weighted_skip.models.densenet_cifar import CifarDenseNet, cifar_densenet_args, cifar_densenet_cfg
-from timm_weighted_skip.models.pretrained import default_cfgs_of, timm_cfgs
+from timm_weighted_skip.models.pretrained import build, default_cfgs_of, timm_cfgs
 
 __all__: list[str] = []  # `register_model` adds the names
 
@@ -25,14 +25,14 @@ default_cfgs = default_cfgs_of(
 
 
 def _create_awm_densenet_cifar(variant: str, depth: int, pretrained: bool = False, **kwargs) -> DenseNet:
-    return build_densenet(CifarDenseNet, variant, pretrained, **dict(cifar_densenet_args(depth), **kwargs))
+    return build(CifarDenseNet, variant, pretrained, **dict(cifar_densenet_args(depth), **kwargs))
 
 
 @register_model
 def awm_densenet121(pretrained: bool = False, **kwargs) -> DenseNet:
     """AWM DenseNet-121, 58 gated reads in 4 blocks."""
     model_args = dict(growth_rate=32, block_config=(6, 12, 24, 16))
-    return build_densenet(WeightedDenseNet, 'awm_densenet121', pretrained, **dict(model_args, **kwargs))
+    return build(WeightedDenseNet, 'awm_densenet121', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

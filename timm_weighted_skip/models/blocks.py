@@ -1,10 +1,9 @@
 """timm's residual blocks and ResNet, with the merge of residual branch and shortcut handed in as a module."""
 
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 import torch
-from timm.models import build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
@@ -12,9 +11,8 @@ from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.fused import can_fuse
 from timm_weighted_skip.fused_norm import can_fuse_norm
 from timm_weighted_skip.layers import why_not_shared
-from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, pretrained_source
 
-__all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet', 'build_resnet']
+__all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet']
 
 
 class WeightedBlock:
@@ -28,8 +26,11 @@ class WeightedBlock:
 
     def __init__(self, *args, merge: Callable[..., nn.Module], **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.add_merge(merge)
+
+    def add_merge(self, merge: Callable[..., nn.Module]) -> None:
         last_conv = self.conv3 if isinstance(self, Bottleneck) else self.conv2
-        dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
+        dd = {'device': last_conv.weight.device, 'dtype': last_conv.weight.dtype}
         self.merge = merge(last_conv.out_channels, projection=self.downsample is not None, **dd)
 
     def zero_init_last(self) -> None:
@@ -149,7 +150,7 @@ class WeightedResNet(ChecksInputSize, ResNet):
         ValueError: `in_chans` is not 1 or more.
     """
 
-    out_indices: tuple[int, ...] = (0, 1, 2, 3, 4)
+    feature_cfg: ClassVar[dict[str, Any]] = dict(out_indices=(0, 1, 2, 3, 4))
 
     def __init__(
         self,
@@ -168,23 +169,3 @@ class WeightedResNet(ChecksInputSize, ResNet):
         if why := why_not_shared(self, state_dict, prefix):
             errors.append(why)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-
-def build_resnet(
-    model_cls: type[WeightedResNet],
-    variant: str,
-    pretrained: bool,
-    feature_cfg: Optional[dict[str, Any]] = None,
-    **kwargs,
-) -> WeightedResNet:
-    """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
-    if pretrained:
-        kwargs = pretrained_source(variant, kwargs)
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': model_cls.out_indices, **(feature_cfg or {})},
-        **kwargs,
-    )

@@ -1,11 +1,9 @@
 """timm's DenseNet with the concatenation that a layer, a transition or the final norm reads weighted unit by unit."""
 
-import re
 from collections import OrderedDict
-from typing import List  # noqa: UP035  TorchScript reads List
+from typing import Any, ClassVar, List  # noqa: UP035  TorchScript reads List
 
 import torch
-from timm.models import build_model_with_cfg
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet, DenseTransition
 from torch import nn
 
@@ -13,9 +11,8 @@ from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.fused_concat import DenseFeatures, can_buffer, can_read, read
 from timm_weighted_skip.layers import ActiveWeightedConcat
 from timm_weighted_skip.models.blocks import ChecksInputSize
-from timm_weighted_skip.models.pretrained import checkpoint_filter_fn, pretrained_source
 
-__all__ = ['WeightedDenseLayer', 'WeightedDenseNet', 'build_densenet', 'weigh_connections']
+__all__ = ['WeightedDenseLayer', 'WeightedDenseNet', 'weigh_connections']
 
 
 class WeightedDenseLayer(DenseLayer):
@@ -112,7 +109,7 @@ class WeightedDenseNet(ChecksInputSize, DenseNet):
         ValueError: `in_chans` is not 1 or more, or as `ActiveWeightedConcat`.
     """
 
-    out_indices: tuple[int, ...] = (0, 1, 2, 3, 4)
+    feature_cfg: ClassVar[dict[str, Any]] = dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4))
 
     def __init__(
         self, hidden: int = 24, scale: str = 'units', plain: bool = False, in_chans: int = 3, **kwargs
@@ -129,24 +126,3 @@ class WeightedDenseNet(ChecksInputSize, DenseNet):
         # timm's forward_intermediates finds its features by their positions. Pruning leaves `feature_info` as it was.
         self.feature_ends = [names.index(tap) for tap in taps if tap in names]
         self.min_input_size = self.feature_info[-1]['reduction']
-
-
-def _filter(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """`checkpoint_filter_fn`, of torchvision's DenseNets too, whose names have a dot more, as in `norm.1`."""
-    state_dict = state_dict.get('state_dict', state_dict)  # type: ignore[assignment]
-    named = {re.sub(r'(denselayer\d+\.(?:norm|conv))\.(\d)', r'\1\2', key): value for key, value in state_dict.items()}
-    return checkpoint_filter_fn(named, model)
-
-
-def build_densenet(model_cls: type[WeightedDenseNet], variant: str, pretrained: bool, **kwargs) -> WeightedDenseNet:
-    """Build a net of `model_cls` with timm's builder; `kwargs` are the builder's and the class's."""
-    if pretrained:
-        kwargs = pretrained_source(variant, kwargs)
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=_filter,
-        feature_cfg=dict(flatten_sequential=True, out_indices=model_cls.out_indices),
-        **kwargs,
-    )

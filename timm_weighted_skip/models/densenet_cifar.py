@@ -4,14 +4,14 @@ Depth 3 * 2n + 4: a 3x3 stem, three dense blocks of n bottleneck layers with gro
 channels, a linear head. Registered here are the plain nets, which timm lacks; `awm_densenet` weighs the same class.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.models import register_model
 from timm.models.densenet import DenseNet
 from torch import nn
 
-from timm_weighted_skip.models.dense import WeightedDenseNet, build_densenet
-from timm_weighted_skip.models.pretrained import default_cfgs_of
+from timm_weighted_skip.models.dense import WeightedDenseNet
+from timm_weighted_skip.models.pretrained import build, default_cfgs_of
 from timm_weighted_skip.models.resnet_cifar import cifar_cfg
 
 __all__ = ['CifarDenseNet', 'cifar_densenet_args', 'cifar_densenet_cfg']
@@ -25,7 +25,7 @@ class CifarDenseNet(WeightedDenseNet):
         kwargs: As `WeightedDenseNet`.
     """
 
-    out_indices = (0, 1, 2, 3)
+    feature_cfg: ClassVar[dict[str, Any]] = dict(flatten_sequential=True, out_indices=(0, 1, 2, 3))
 
     def __init__(self, in_chans: int = 3, **kwargs) -> None:
         super().__init__(in_chans=in_chans, stem_type='', **kwargs)
@@ -57,7 +57,7 @@ default_cfgs = default_cfgs_of(
 
 def _create_densenet_cifar(variant: str, depth: int, pretrained: bool = False, **kwargs) -> DenseNet:
     model_args = dict(cifar_densenet_args(depth), plain=True)
-    return build_densenet(CifarDenseNet, variant, pretrained, **dict(model_args, **kwargs))
+    return build(CifarDenseNet, variant, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

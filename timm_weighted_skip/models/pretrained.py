@@ -3,16 +3,18 @@
 A plain net is the case at identity of its weighted net, so timm's checkpoints serve as they are.
 """
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
+    build_model_with_cfg,
     generate_default_cfgs,
     get_arch_pretrained_cfgs,
     list_pretrained,
@@ -24,7 +26,7 @@ from torch import nn
 from timm_weighted_skip.files import read_json
 from timm_weighted_skip.layers import Gate, SkipWeight
 
-__all__ = ['HUB_OWNER', 'checkpoint_filter_fn', 'default_cfgs_of', 'pretrained_source', 'timm_cfgs']
+__all__ = ['HUB_OWNER', 'build', 'checkpoint_filter_fn', 'default_cfgs_of', 'timm_cfgs']
 
 HUB_OWNER = 'timm-weighted-skip'
 """Owner of the Hub repositories of the checkpoint directories that this project publishes."""
@@ -103,7 +105,33 @@ def default_cfgs_of(cfgs: Mapping[str, Union[PretrainedCfg, dict[str, Any]]]) ->
     return generate_default_cfgs({**entries, **starred})
 
 
-def pretrained_source(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+def build(
+    model_cls: type[nn.Module], variant: str, pretrained: bool, feature_cfg: Optional[dict[str, Any]] = None, **kwargs
+) -> Any:
+    """Build a net with timm's builder.
+
+    Args:
+        model_cls: Its class; that has a `feature_cfg`, of which `feature_cfg` changes what it names.
+        variant: Its registered name.
+        pretrained: Load the weights that its default cfg, or the one in `kwargs`, names.
+        kwargs: The builder's and the class's.
+
+    Raises:
+        RuntimeError: The net, or the tag, has no weights.
+    """
+    if pretrained:
+        kwargs = _pretrained_source(variant, kwargs)
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={**model_cls.feature_cfg, **(feature_cfg or {})},  # type: ignore[dict-item]
+        **kwargs,
+    )
+
+
+def _pretrained_source(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` of a net that is to be pretrained, with which timm's builder loads what they name.
 
     Args:
@@ -141,7 +169,9 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         ValueError: The net's weights are fixed at another value than the plain backbone's, or its untrained gates give
             other weights.
     """
-    state_dict = dict(state_dict.get('state_dict', state_dict))
+    state_dict = state_dict.get('state_dict', state_dict)  # type: ignore[assignment]
+    # torchvision's names in a DenseNet have a dot more, as in `norm.1`.
+    state_dict = {re.sub(r'(denselayer\d+\.(?:norm|conv))\.(\d)', r'\1\2', k): v for k, v in state_dict.items()}
     own = model.state_dict()
     identity = {}
     other = None

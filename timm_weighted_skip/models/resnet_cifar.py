@@ -5,7 +5,7 @@ shortcut at the two stage changes is a 1x1 convolution with batch norm, as in th
 the plain nets, which timm lacks; `adaresnet` and `awm_resnet` build their CIFAR nets of the same class.
 """
 
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from timm.models import register_model
@@ -13,8 +13,8 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from timm_weighted_skip.layers import skip_weights
-from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet, build_resnet
-from timm_weighted_skip.models.pretrained import default_cfgs_of
+from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet
+from timm_weighted_skip.models.pretrained import build, default_cfgs_of
 
 __all__ = ['CIFAR_DEPTHS', 'CifarResNet', 'cifar_cfg', 'cifar_layers']
 
@@ -32,7 +32,7 @@ class CifarResNet(WeightedResNet):
         kwargs: Those of timm's `ResNet`, except the ones that shape stem and stages.
     """
 
-    out_indices = (0, 1, 2, 3)
+    feature_cfg: ClassVar[dict[str, Any]] = dict(out_indices=(0, 1, 2, 3))
 
     def __init__(self, block: type[WeightedBasicBlock], layers: tuple[int, ...], merge, in_chans: int = 3, **kwargs):
         # Of timm's stems only the deep one can be 16 channels wide, so it is made and replaced. The last two are named
@@ -111,7 +111,7 @@ default_cfgs = default_cfgs_of(
 
 def _create_resnet_cifar(variant: str, depth: int, pretrained: bool = False, **kwargs) -> ResNet:
     model_args = dict(block=WeightedBasicBlock, layers=cifar_layers(depth), merge=skip_weights(plain=True))
-    return build_resnet(CifarResNet, variant, pretrained, **dict(model_args, **kwargs))
+    return build(CifarResNet, variant, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

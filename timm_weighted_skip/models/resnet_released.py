@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 from timm_weighted_skip.layers import skip_weights
-from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet, build_resnet
-from timm_weighted_skip.models.pretrained import default_cfgs_of
+from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet
+from timm_weighted_skip.models.pretrained import build, default_cfgs_of
 from timm_weighted_skip.models.resnet_cifar import cifar_cfg
 
 __all__ = ['ReleasedResNet', 'released_cfg']
@@ -55,7 +55,7 @@ class ReleasedResNet(WeightedResNet):
         size, norm = kwargs.get('down_kernel_size', 1), get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
         unit.downsample = downsample(unit.conv1.in_channels, width, size, stride=2, norm_layer=norm, **dd)
         nn.init.kaiming_normal_(unit.downsample[-2].weight, mode='fan_out', nonlinearity='relu')
-        unit.merge = merge(width, projection=True, **dd)
+        unit.add_merge(merge)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.bias = nn.Parameter(module.weight.new_zeros(module.out_channels))
@@ -78,4 +78,4 @@ default_cfgs = default_cfgs_of({'resnet18_released.untrained': released_cfg(pape
 def resnet18_released(pretrained: bool = False, **kwargs) -> ResNet:
     """The plain net of AdaResNet's released code, 8 residual units."""
     model_args = dict(block=WeightedBasicBlock, layers=(2, 2, 2, 2), merge=skip_weights(plain=True))
-    return build_resnet(ReleasedResNet, 'resnet18_released', pretrained, **dict(model_args, **kwargs))
+    return build(ReleasedResNet, 'resnet18_released', pretrained, **dict(model_args, **kwargs))

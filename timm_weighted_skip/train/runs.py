@@ -30,7 +30,7 @@ import timm_weighted_skip
 from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import load_image_set
 from timm_weighted_skip.files import read_json, write_file
-from timm_weighted_skip.nets import FOREIGN, LAST, Trained, architecture
+from timm_weighted_skip.nets import ARGS, FOREIGN, LAST, LOG, RESULT, Trained, architecture
 from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe, read_yaml, recipe_arguments
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net, stop_signals
@@ -48,7 +48,6 @@ __all__ = [
     'task_of',
 ]
 
-ARGS, LOG, RESULT = 'args.yaml', 'log.jsonl', 'result.json'
 Analysis = Callable[[nn.Module, Iterable[torch.Tensor]], Any]
 
 
