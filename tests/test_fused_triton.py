@@ -131,7 +131,7 @@ def test_low_precision_rounds_only_what_it_stores(lam1, dtype, kernels):
     w1, w2 = exact[2][..., None, None, None].unbind(1)
     y = torch.relu(w1 * exact[0] + w2 * exact[1])
     y_exact = y.detach()
-    of_residual, of_shortcut, of_weight = torch.autograd.grad(y, exact, g.double())
+    grad_residual, grad_shortcut, grad_weight = torch.autograd.grad(y, exact, g.double())
     shares = share.double().unflatten(1, (2, 8))[..., None, None].unbind(1)
 
     y, means = kernels.mapping_relu(residual, shortcut, weight, overwrite=False)
@@ -139,9 +139,9 @@ def test_low_precision_rounds_only_what_it_stores(lam1, dtype, kernels):
     torch.testing.assert_close(means, y_exact.mean((2, 3)).to(dtype))
     if DEVICE == 'cuda' or dtype != torch.bfloat16:  # to which the interpreter does not round but truncates
         assert torch.equal(y[1], torch.relu(residual + shortcut)[1])  # identity, to the bit
-    torch.testing.assert_close(kernels.dots(g, residual, shortcut, weight), of_weight.to(dtype))
+    torch.testing.assert_close(kernels.dots(g, residual, shortcut, weight), grad_weight.to(dtype))
     ours = kernels.gradients(g, y, weight, share)
-    for got, expected in zip(ours, (of_residual + shares[0], of_shortcut + shares[1])):
+    for got, expected in zip(ours, (grad_residual + shares[0], grad_shortcut + shares[1])):
         torch.testing.assert_close(got, expected.to(dtype), atol=1e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
 
 

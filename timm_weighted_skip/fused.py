@@ -164,8 +164,8 @@ def _kernels_of(device: torch.device) -> Optional[ModuleType]:
 
 def _recoverable(weight: torch.Tensor) -> bool:
     """Whether `sum(g * F)` follows from `y` and `s` precisely enough, for every image."""
-    of_residual, of_shortcut = weight.abs().unbind(1)
-    return bool((torch.finfo(weight.dtype).eps * of_shortcut <= TOLERANCE * of_residual).all())
+    w1, w2 = weight.abs().unbind(1)
+    return bool((torch.finfo(weight.dtype).eps * w2 <= TOLERANCE * w1).all())
 
 
 def through_relu(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -212,8 +212,8 @@ class _SkipReLU(Function):
         if ctx.kernels is not None and shortcut is not None and not is_composed(grad):
             return *ctx.kernels.skip_gradients(grad, y, shortcut, weight), None
         grad, *dots = _dots_through_relu(grad, y, *(() if shortcut is None else (shortcut,)))
-        of_weight = dots[0].sum() if dots else None
-        return grad, grad * weight if ctx.needs_input_grad[1] else None, of_weight, None
+        grad_weight = dots[0].sum() if dots else None
+        return grad, grad * weight if ctx.needs_input_grad[1] else None, grad_weight, None
 
 
 class _Means(Function):
@@ -224,8 +224,8 @@ class _Means(Function):
     needs dL/dw from the merge; `_MappingReLU` therefore hands on the gradient before its weights, through the residual
     that is passed on here, and leaves in `link` what makes both maps' gradients of it. Where these are to be
     differentiated it makes them itself, and only the means' part comes from here. The maps that it reads do not come
-    through here: double backward gives those gradients of their own, which no weight is to multiply. `of_shortcut`,
-    where given, is the shortcut's mean, whose gradient is the shortcut's all the same.
+    through here: double backward gives those gradients of their own, which no weight is to multiply. A `mean_shortcut`
+    that is given is not taken again; its gradient goes to the shortcut all the same.
     """
 
     @staticmethod
@@ -233,38 +233,37 @@ class _Means(Function):
         ctx: Any,
         residual: torch.Tensor,
         shortcut: torch.Tensor,
-        of_shortcut: Optional[torch.Tensor],
+        mean_shortcut: Optional[torch.Tensor],
         link: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.link, ctx.size = link, residual.shape[2:]
         ctx.set_materialize_grads(False)
-        if of_shortcut is None:
-            of_shortcut = shortcut.flatten(2).mean(2)
-        return torch.cat([residual.flatten(2).mean(2), of_shortcut], dim=1), residual
+        if mean_shortcut is None:
+            mean_shortcut = shortcut.flatten(2).mean(2)
+        return torch.cat([residual.flatten(2).mean(2), mean_shortcut], dim=1), residual
 
     @staticmethod
     def backward(
-        ctx: Any, of_z: Optional[torch.Tensor], grad: Optional[torch.Tensor]
+        ctx: Any, grad_z: Optional[torch.Tensor], grad: Optional[torch.Tensor]
     ) -> tuple[Optional[torch.Tensor], ...]:
         weight, write = ctx.link.pop('weight', None), ctx.link.pop('write', None)
-        if of_z is not None:
-            of_z = of_z / ctx.size.numel()
+        share = None if grad_z is None else grad_z / ctx.size.numel()  # (N, 2C), for every pixel
         if write is not None and grad is not None:
-            return *write(grad, share=of_z), None, None
+            return *write(grad, share=share), None, None
         shares: tuple[Optional[torch.Tensor], ...] = (None, None)
-        if of_z is not None:
-            shares = of_z.view(len(of_z), 2, -1, 1, 1).expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
+        if share is not None:
+            shares = share.view(len(share), 2, -1, 1, 1).expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
         if grad is None:  # of a loss on the weights alone
             return *shares, None, None
         if weight is None:  # `_MappingReLU` has made the maps' gradients
             return grad if shares[0] is None else grad + shares[0], shares[1], None, None
-        by_residual, by_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
+        w1, w2 = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         # Nobody else holds this gradient and what is made of it.
-        of_shortcut, of_residual = grad * by_shortcut, grad.mul_(by_residual)
-        for own, share in zip((of_residual, of_shortcut), shares):
-            if share is not None:
-                own.add_(share)
-        return of_residual, of_shortcut, None, None
+        grad_shortcut, grad_residual = grad * w2, grad.mul_(w1)
+        for grad_map, own_share in zip((grad_residual, grad_shortcut), shares):
+            if own_share is not None:
+                grad_map.add_(own_share)
+        return grad_residual, grad_shortcut, None, None
 
 
 class _MappingReLU(Function):
@@ -279,9 +278,9 @@ class _MappingReLU(Function):
         kernels: Optional[ModuleType],
     ) -> torch.Tensor:
         if kernels is None:
-            of_residual, of_shortcut = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
-            y = passed.detach().mul_(of_residual) if kept is None else kept * of_residual
-            y = y.addcmul_(of_shortcut, shortcut).relu_()
+            w1, w2 = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
+            y = passed.detach().mul_(w1) if kept is None else kept * w1
+            y = y.addcmul_(w2, shortcut).relu_()
         else:
             y, link['means'] = kernels.mapping_relu(passed, shortcut, weight, overwrite=kept is None)
         ctx.link, ctx.kernels = link, kernels
@@ -296,13 +295,13 @@ class _MappingReLU(Function):
             weight = weight.detach()
             ctx.link['write'] = partial(ctx.kernels.gradients, y=y.detach(), weight=weight)
             return grad, None, ctx.kernels.dots(grad, kept, shortcut, weight), None, None, None
-        grad, by_shortcut, by_residual = _dots_through_relu(grad, y, shortcut, y if kept is None else kept)
-        if kept is None:
-            by_residual = (by_residual - weight[:, 1] * by_shortcut) / weight[:, 0]
-        of_weight = torch.stack([by_residual, by_shortcut], dim=1)  # (N, 2)
+        grad, dot_shortcut, dot_residual = _dots_through_relu(grad, y, shortcut, y if kept is None else kept)
+        if kept is None:  # `dot_residual` is y's so far
+            dot_residual = (dot_residual - weight[:, 1] * dot_shortcut) / weight[:, 0]
+        grad_weight = torch.stack([dot_residual, dot_shortcut], dim=1)  # (N, 2)
         if composed:
             ctx.link.clear()  # the weight left there, with its graph, would hold the graph that holds it
             w1, w2 = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
-            return grad * w1, grad * w2, of_weight, None, None, None
+            return grad * w1, grad * w2, grad_weight, None, None, None
         ctx.link['weight'] = weight.detach()
-        return grad, None, of_weight, None, None, None
+        return grad, None, grad_weight, None, None, None

@@ -164,19 +164,19 @@ class _Write(Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Optional[torch.Tensor], of_mean: Optional[torch.Tensor], of_var: Optional[torch.Tensor]
+        ctx: Any, grad: Optional[torch.Tensor], grad_mean: Optional[torch.Tensor], grad_var: Optional[torch.Tensor]
     ) -> tuple[Optional[torch.Tensor], ...]:
         x, mean = ctx.saved_tensors
-        before, (grad, of_mean, of_var) = zip(*(_split(g, ctx.start) for g in (grad, of_mean, of_var)))
+        before, (grad, grad_mean, grad_var) = zip(*(_split(g, ctx.start) for g in (grad, grad_mean, grad_var)))
         pixels = x.shape[2:].numel()
-        constant = None if of_mean is None else of_mean / pixels
-        if of_var is not None:
-            slope = of_var * (2 / pixels)
+        constant = None if grad_mean is None else grad_mean / pixels
+        if grad_var is not None:
+            slope = grad_var * (2 / pixels)
             constant = _sum(constant, -slope * (x.mean((2, 3)) if torch.is_grad_enabled() else mean))
         if constant is not None:
             constant = constant[..., None, None]
             grad = constant.expand_as(x) if grad is None else grad + constant
-        if of_var is not None:
+        if grad_var is not None:
             grad = torch.addcmul(grad, x, slope[..., None, None])
         return grad, None, None, *before
 
@@ -214,15 +214,15 @@ class _Read(Function):
             factor = F.batch_norm(one, zero[0], sigma2, gamma, eps=norm.eps)[0]
         scale, shift = (weight_c * factor)[..., None, None], shift[:, None, None]
         y = torch.empty_like(x)
-        for own, by, out in chunks(x, scale, y):
-            out.copy_(shift).addcmul_(own, by).relu_()  # with each broadcast by itself it is vectorised
+        for own_x, own_scale, own_y in chunks(x, scale, y):
+            own_y.copy_(shift).addcmul_(own_x, own_scale).relu_()  # with each broadcast by itself it is vectorised
         ctx.save_for_backward(x, mean, var, weight, gamma, beta, y, scale, mu, inverse)
         return y, *(t if needed else None for t, needed in zip((x, mean, var), ctx.needs_input_grad))
 
     @staticmethod
-    def backward(ctx: Any, grad: Optional[torch.Tensor], *of_next: Any) -> tuple[Optional[torch.Tensor], ...]:
+    def backward(ctx: Any, grad: Optional[torch.Tensor], *next_grads: Any) -> tuple[Optional[torch.Tensor], ...]:
         if grad is None:
-            return *of_next, None, None, None, None, None
+            return *next_grads, None, None, None, None, None
         x, mean, var, weight, gamma, beta, y, scale, mu, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated: by autograd, of what was saved as it is here
             inputs: Any = [t if t is None else t.view_as(t) for t in (x, mean, var, weight, gamma, beta)]
@@ -230,43 +230,52 @@ class _Read(Function):
             again = _formula(ctx, (mu, inverse), *inputs)
             grads = iter(torch.autograd.grad(again, with_grad, grad, create_graph=True, allow_unused=True))
             direct = [next(grads) if needed else None for needed in ctx.needs_input_grad[:6]]
-            return *(a if b is None else _sum(a, b) for a, b in zip(of_next, direct)), *direct[3:], None, None
-        of_x, of_mean, of_var = of_next
-        total, of_scale, of_shift = _through_affine(grad, x, y, scale, of_x, ctx.needs_input_grad[0])
+            return *(a if b is None else _sum(a, b) for a, b in zip(next_grads, direct)), *direct[3:], None, None
+        next_grad_x, grad_mean, grad_var = next_grads
+        grad_x, grad_scale, grad_shift = _through_affine(grad, x, y, scale, next_grad_x, ctx.needs_input_grad[0])
         # Through scale and shift.
-        weight_c, factor, of_shift = weight.index_select(1, ctx.units), gamma * inverse, of_shift.sum(0)
-        of_factor = (of_scale * weight_c).sum(0).addcmul_(of_shift, mu, value=-1)
-        of_gamma, of_weight = of_factor * inverse, of_scale.mul_(factor)
+        weight_c, factor, grad_shift = weight.index_select(1, ctx.units), gamma * inverse, grad_shift.sum(0)
+        grad_factor = (grad_scale * weight_c).sum(0).addcmul_(grad_shift, mu, value=-1)
+        grad_gamma, grad_beta = grad_factor * inverse, grad_shift  # (C,)
+        grad_weight_c = grad_scale.mul_(factor)  # (N, C)
         if ctx.training:  # through the batch's statistics, which are means over N
-            slope = of_gamma * inverse * factor / -len(x)  # 2 / N times the variance's gradient
-            of_weighted = torch.addcmul(of_shift * factor / -len(x), slope, (weight_c * mean).sub_(mu))
+            slope = grad_gamma * inverse * factor / -len(x)  # 2 / N times the variance's gradient
+            grad_weighted = torch.addcmul(grad_shift * factor / -len(x), slope, (weight_c * mean).sub_(mu))
             slope = slope * weight_c
-            of_weight.addcmul_(of_weighted, mean).addcmul_(slope, var)
-            of_mean = _sum(of_mean, of_weighted.mul_(weight_c))
-            of_var = _sum(of_var, slope.mul_(weight_c).div_(2))
-        of_weight = torch.zeros_like(weight).index_add(1, ctx.units, of_weight)
-        return total, of_mean, of_var, of_weight, of_gamma, of_shift, None, None
+            grad_weight_c.addcmul_(grad_weighted, mean).addcmul_(slope, var)
+            grad_mean = _sum(grad_mean, grad_weighted.mul_(weight_c))
+            grad_var = _sum(grad_var, slope.mul_(weight_c).div_(2))
+        grad_weight = torch.zeros_like(weight).index_add(1, ctx.units, grad_weight_c)  # (N, K)
+        return grad_x, grad_mean, grad_var, grad_weight, grad_gamma, grad_beta, None, None
 
 
 def _through_affine(
-    grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor, of_x: Optional[torch.Tensor], total: bool
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    next_grad_x: Optional[torch.Tensor],
+    needs_x: bool,
 ) -> tuple[Optional[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """The gradients through `y = relu(scale * x + shift)`: of x, with `of_x`, if in `total`; of scale; of shift."""
+    """The gradients through `y = relu(scale * x + shift)` of x, scale and shift.
+
+    The gradient of x includes `next_grad_x`; it is None unless `needs_x`.
+    """
     if is_composed(grad):
         g = through_relu(grad, y)
-        return _sum(of_x, g * scale) if total else None, (g * x).sum((2, 3)), g.sum((2, 3))
-    to_x = torch.empty_like(y) if total else None
-    of_scale, of_shift = y.new_empty(y.shape[:2]), y.new_empty(y.shape[:2])
-    for part in chunks(grad, y, x, scale, of_scale, of_shift, to_x, of_x):
-        out, own, by, to_scale, to_shift, *sums = part[1:]
-        g = through_relu(part[0], out)
-        torch.sum(g * own, (2, 3), out=to_scale)
+        return _sum(next_grad_x, g * scale) if needs_x else None, (g * x).sum((2, 3)), g.sum((2, 3))
+    grad_x = torch.empty_like(y) if needs_x else None
+    grad_scale, grad_shift = y.new_empty(y.shape[:2]), y.new_empty(y.shape[:2])
+    for part in chunks(grad, y, x, scale, grad_scale, grad_shift, grad_x, next_grad_x):
+        own_y, own_x, own_scale, to_scale, to_shift, *grads_x = part[1:]
+        g = through_relu(part[0], own_y)
+        torch.sum(g * own_x, (2, 3), out=to_scale)
         torch.sum(g, (2, 3), out=to_shift)
-        if total and of_x is not None:
-            torch.addcmul(sums[1], g, by, out=sums[0])
-        elif total:
-            torch.mul(g, by, out=sums[0])
-    return to_x, of_scale, of_shift
+        if needs_x and next_grad_x is not None:
+            torch.addcmul(grads_x[1], g, own_scale, out=grads_x[0])
+        elif needs_x:
+            torch.mul(g, own_scale, out=grads_x[0])
+    return grad_x, grad_scale, grad_shift
 
 
 def _statistics(weight: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -93,8 +93,8 @@ def _dots(partial, grad, residual, shortcut, weight, size, ACC: tl.constexpr, BL
 
 @triton.jit
 def _gradients(
-    of_residual,
-    of_shortcut,
+    grad_residual,
+    grad_shortcut,
     grad,
     y,
     weight,
@@ -110,21 +110,21 @@ def _gradients(
     at = image * size + offset
     share += 2 * image * channels + (offset % channels if CHANNELS_LAST else offset // pixels)
     g = tl.where(_load(y, at, inside, ACC) <= 0, 0.0, _load(grad, at, inside, ACC))
-    for_residual = tl.load(weight + 2 * image).to(ACC) * g + _load(share, 0, inside, ACC)
-    for_shortcut = tl.load(weight + 2 * image + 1).to(ACC) * g + _load(share, channels, inside, ACC)
-    tl.store(of_residual + at, for_residual, mask=inside)
-    tl.store(of_shortcut + at, for_shortcut, mask=inside)
+    g_residual = tl.load(weight + 2 * image).to(ACC) * g + _load(share, 0, inside, ACC)
+    g_shortcut = tl.load(weight + 2 * image + 1).to(ACC) * g + _load(share, channels, inside, ACC)
+    tl.store(grad_residual + at, g_residual, mask=inside)
+    tl.store(grad_shortcut + at, g_shortcut, mask=inside)
 
 
 @triton.jit
 def _skip_gradients(
-    of_residual, of_shortcut, partial, grad, y, shortcut, weight, size, ACC: tl.constexpr, BLOCK: tl.constexpr
+    grad_residual, grad_shortcut, partial, grad, y, shortcut, weight, size, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
     image, offset, inside = _elements(size, BLOCK)
     at = image * size + offset
     g = tl.where(_load(y, at, inside, ACC) <= 0, 0.0, _load(grad, at, inside, ACC))
-    tl.store(of_residual + at, g, mask=inside)
-    tl.store(of_shortcut + at, tl.load(weight).to(ACC) * g, mask=inside)
+    tl.store(grad_residual + at, g, mask=inside)
+    tl.store(grad_shortcut + at, tl.load(weight).to(ACC) * g, mask=inside)
     dot = tl.sum(g * _load(shortcut, at, inside, ACC), axis=0)
     tl.store(partial + image * tl.num_programs(1) + tl.program_id(1), dot)
 
@@ -201,11 +201,11 @@ def skip_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of both maps and of the scalar `weight`."""
     grad = _arranged(grad, y)
-    of_residual, of_shortcut = torch.empty_like(y), torch.empty_like(y)
+    grad_residual, grad_shortcut = torch.empty_like(y), torch.empty_like(y)
     acc, dtype = _precision(y)
     partial = torch.empty(_grid(y), dtype=dtype, device=y.device)
     with torch.cuda.device_of(y):
         _skip_gradients[_grid(y)](
-            of_residual, of_shortcut, partial, grad, y, shortcut, weight, y[0].numel(), acc, BLOCK
+            grad_residual, grad_shortcut, partial, grad, y, shortcut, weight, y[0].numel(), acc, BLOCK
         )
-    return of_residual, of_shortcut, partial.sum().to(weight.dtype)
+    return grad_residual, grad_shortcut, partial.sum().to(weight.dtype)

@@ -229,8 +229,8 @@ class ActiveWeightedMapping(nn.Module):
         if self.gate is None:
             return residual + shortcut
         z = torch.cat([residual.flatten(2).mean(2), shortcut.flatten(2).mean(2)], dim=1)  # (N, 2C)
-        of_residual, of_shortcut = self.gate(z).to(residual.dtype)[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
-        return torch.addcmul(of_residual * residual, of_shortcut, shortcut)  # (N, C, H, W)
+        w1, w2 = self.gate(z).to(residual.dtype)[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
+        return torch.addcmul(w1 * residual, w2, shortcut)  # (N, C, H, W)
 
     def merge_relu(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         """`relu(self(residual, shortcut))`; may overwrite `residual`."""
