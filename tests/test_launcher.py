@@ -103,6 +103,8 @@ OPTIMIZERS = [('--opt', name) for name in ('sgd', 'adamw', 'muon')]
 OPTIONS = [
     ('--model-ema', '--clip-grad', 0.5, '--amp', '--amp-dtype', 'bfloat16'),
     ('--grad-checkpointing', '--grad-accum-steps', 2),
+    ('--torchcompile', 'eager'),
+    ('--kd-model-name', 'resnet14_cifar'),
 ]
 
 
