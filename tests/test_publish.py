@@ -305,5 +305,6 @@ def test_a_card_is_of_the_repository_whatever_the_folder_was_called(tmp_path, na
     assert f"'hf-hub:{HUB_OWNER}/{name}'" in card
     readdressed = _readdressed(card, REPO)
     assert f"'hf-hub:{REPO}'" in readdressed
+    assert f"'hf_hub:{REPO}'" in _readdressed(card.replace('hf-hub:', 'hf_hub:'), REPO)  # of an earlier version
     assert '# Model card for net.test' in readdressed
     assert name not in readdressed

@@ -59,7 +59,7 @@ def _reason(error: BaseException) -> str:
 
 def _readdressed(card: str, repo_id: str) -> str:
     """A model card that names `repo_id` where it names the repository that its snippets load."""
-    named = re.search(r"'hf-hub:([^']+)'", card)
+    named = re.search(r"'hf[-_]hub:([^']+)'", card)  # with an underscore in cards of earlier versions
     if named is None:
         return card
     card = card.replace(named[1], repo_id)
