@@ -35,9 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if option.name.startswith('alternate_'):
             add_option(group, option, option.default)
         elif option.name == 'pad_crop':
-            add_option(
-                group, option, option.default, help='augment by random crops after padding by N and --hflip only'
-            )
+            only = 'augment by random crops after padding by N and --hflip only (0)'
+            add_option(group, option, option.default, help=only)
 
 
 def install(script: ModuleType, args: argparse.Namespace, default_period: int = 0) -> None:

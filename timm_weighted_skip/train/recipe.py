@@ -43,7 +43,9 @@ class NamedValues(ParseKwargs):
 
 
 def _option(default: Any, text: str, kind: Callable = str, metavar: str = 'X', **arguments: Any) -> Any:
-    """A field with what argparse needs to know of it."""
+    """A field with what argparse needs to know of it; the help ends in the default."""
+    shown = ' '.join(map(str, default)) if isinstance(default, list) else default
+    text = text if default is None else f'{text} ({shown})'
     metadata = {'help': text, 'type': kind, 'metavar': metavar, **arguments}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -209,7 +211,7 @@ class Recipe:
 
 
 def add_option(group: Any, option: Field, default: Any = argparse.SUPPRESS, **changed: Any) -> None:
-    """Add the option of a field of `Recipe` to a group of arguments; its help ends in the field's default.
+    """Add the option of a field of `Recipe` to a group of arguments.
 
     Args:
         group: What has argparse's `add_argument`.
@@ -217,11 +219,7 @@ def add_option(group: Any, option: Field, default: Any = argparse.SUPPRESS, **ch
         default: Of the parsed arguments; by default those that are not given are absent.
         changed: Of argparse's arguments those that are others here.
     """
-    arguments = {**option.metadata, **changed}
-    value = getattr(Recipe(), option.name)
-    if isinstance(value, (str, float, int, list)) and not isinstance(value, bool):
-        arguments['help'] += f' ({" ".join(map(str, value)) if isinstance(value, list) else value})'
-    group.add_argument(f'--{option.name.replace("_", "-")}', default=default, **arguments)
+    group.add_argument(f'--{option.name.replace("_", "-")}', default=default, **{**option.metadata, **changed})
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
