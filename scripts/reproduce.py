@@ -28,7 +28,8 @@ from timm_weighted_skip.analysis.curves import read_run
 from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.files import write_file
 from timm_weighted_skip.nets import LOG
-from timm_weighted_skip.train.runs import alone_in, holds_run, read_task
+from timm_weighted_skip.train.runs import alone_in, holds_run
+from timm_weighted_skip.train.task import read_task
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = ROOT / 'scripts' / 'reproduce' / 'manifest.yaml'

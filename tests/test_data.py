@@ -15,7 +15,8 @@ from timm_weighted_skip.analysis.data import load_images
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.recipe import Recipe
-from timm_weighted_skip.train.runs import Task, run_seeds
+from timm_weighted_skip.train.runs import run_seeds
+from timm_weighted_skip.train.task import Task
 from timm_weighted_skip.train.trainer import normalisation
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

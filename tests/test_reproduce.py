@@ -13,7 +13,7 @@ import timm
 
 from timm_weighted_skip.cli import build_parser
 from timm_weighted_skip.hub.checkpoint import validate_checkpoint
-from timm_weighted_skip.train.runs import task_of
+from timm_weighted_skip.train.task import task_of
 
 SCRIPTS = Path(__file__).resolve().parent.parent / 'scripts'
 

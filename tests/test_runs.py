@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm_weighted_skip.cli import main
 from timm_weighted_skip.hub import save_checkpoint
 from timm_weighted_skip.nets import load_net
-from timm_weighted_skip.train.runs import read_task
+from timm_weighted_skip.train.task import read_task
 
 
 def train(folder, *more):

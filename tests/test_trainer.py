@@ -20,7 +20,8 @@ from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.pretrained import checkpoint_root
 from timm_weighted_skip.train import checkpoint as checkpoints
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
-from timm_weighted_skip.train.runs import Task, command_of, run_seeds, task_of
+from timm_weighted_skip.train.runs import run_seeds
+from timm_weighted_skip.train.task import Task, command_of, task_of
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -331,7 +331,8 @@ def add_train(verbs) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis.moments import weight_moments
-        from timm_weighted_skip.train.runs import describe, read_task, run_seeds, task_of
+        from timm_weighted_skip.train.runs import describe, run_seeds
+        from timm_weighted_skip.train.task import read_task, task_of
 
         if args.resume:
             others = vars(args).keys() - {'resume', 'device', 'data_dir'}
