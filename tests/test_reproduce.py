@@ -1,6 +1,7 @@
 """The runner of the reproduction: its manifest, its resuming, and what its report computes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -345,6 +346,15 @@ def test_the_report_is_that_of_the_results(modules, monkeypatch):
     readme = (SCRIPTS.parent / 'README.md').read_text()
     assert report.summary() in readme
     assert modules[1].checkpoint_table(SCRIPTS.parent / 'hub_cards') in readme
+
+
+def test_the_checkpoints_tell_what_was_measured(modules, tmp_path):
+    staged = SCRIPTS.parent / 'hub_cards'
+    cards = shutil.copytree(staged, tmp_path / 'hub_cards')
+    manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
+    modules[1].write_checkpoints(manifest, tmp_path, cards)
+    for file in (*cards.glob('*/config.json'), *cards.glob('*/README.md')):
+        assert file.read_text() == (staged / file.relative_to(cards)).read_text()
 
 
 def test_the_report_tells_what_a_run_was_trained_on_in_turn(modules, monkeypatch):
