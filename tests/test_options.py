@@ -69,7 +69,7 @@ def test_images_are_augmented_for_training_alone():
 def test_the_optimizer_and_the_average_are_as_asked_for():
     assert make_trainer(momentum=0.5).optimizer.param_groups[0]['momentum'] == 0.5
     group = make_trainer(opt='adamw', opt_eps=1e-5, opt_betas=[0.8, 0.95]).optimizer.param_groups[0]
-    assert (group['eps'], group['betas']) == (1e-5, (0.8, 0.95))
+    assert (group['eps'], *group['betas']) == (1e-5, 0.8, 0.95)
     assert make_trainer(model_ema=True, model_ema_decay=0.5).ema.decay == 0.5
 
 
