@@ -42,7 +42,7 @@ def train(*arguments, stop=(0, 0)):
     """The exit status of `train`, stopped by a signal after a number of updates."""
     # One thread to compile with: starting a pool of processes takes longer than it saves.
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '1'}
-    command = [sys.executable, '-c', TRAIN, *map(str, stop), *arguments]
+    command = [sys.executable, '-c', TRAIN, *(f'{number:d}' for number in stop), *arguments]
     return subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode
 
 
