@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import timm
+import torch
 from reproduce_manifest import Experiment, Job, Manifest, Run
 
 from timm_weighted_skip.analysis import MappingUnit, mapping_units
@@ -20,11 +21,12 @@ from timm_weighted_skip.analysis.curves import Run as Curve
 from timm_weighted_skip.analysis.curves import curves, sweep
 from timm_weighted_skip.analysis.figures import colour, label_units, legend_above, new_figure, render, styled
 from timm_weighted_skip.analysis.inspection import weights_of_rounds
-from timm_weighted_skip.analysis.listing import model_cost
 from timm_weighted_skip.analysis.tables import Result, Table, require
 from timm_weighted_skip.analysis.variance import group_variance
+from timm_weighted_skip.costs import count_costs
 from timm_weighted_skip.files import read_json, write_file
 from timm_weighted_skip.hub import Results, save_checkpoint, update_results
+from timm_weighted_skip.hub.checkpoint import build_net
 from timm_weighted_skip.hub.source import known_results, load_net_and_args
 
 if TYPE_CHECKING:
@@ -287,12 +289,15 @@ def checkpoint_table(root: Path) -> str:
         config = read_json(file)
         if 'results' not in config:
             continue
-        results, cost = Results.from_dict(config['results'], str(file)), model_cost(config['architecture'])
+        results = Results.from_dict(config['results'], str(file))
         own = results.top1[results.seeds.index(results.seed)]
-        macs = '-' if config['pretrained_cfg']['input_size'] != list(cost.input_size) else f'{cost.macs / 1e6:.1f}'
+        with torch.device('meta'):
+            image = torch.empty(1, *config['pretrained_cfg']['input_size'])
+            cost = count_costs(build_net(config, file).eval(), image)
         name = f'[{file.parent.name}](hub_cards/{file.parent.name})'
         accuracies = f'{own:.2f}', spread(results.top1)
-        rows.append([name, results.dataset, str(results.epochs), *accuracies, f'{cost.params / 1e6:.3f}', macs])
+        counts = f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e6:.1f}'
+        rows.append([name, results.dataset, str(results.epochs), *accuracies, *counts])
     columns = ['checkpoint', 'data', 'epochs', 'top-1 (%)', 'mean ± std (n)', 'params (M)', 'MACs (M)']
     return markdown(columns, rows)
 

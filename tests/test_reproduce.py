@@ -159,13 +159,14 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     assert called(tmp_path, '--checkpoints')[0] == 0
     (folder,) = cards.iterdir()
     assert folder.name == 'awm_resnet14_cifar.digits'
-    validate_checkpoint(folder)
+    params = sum(p.numel() for p in validate_checkpoint(folder).parameters())
     measured = json.loads((folder / 'config.json').read_text())['results']
     assert measured['top1'] == [round(result['last']['top1'], 2) for result in results.values()]
     assert list(measured['comparison']) == ['resnet14_cifar']
     report.write_readme(manifest, readme, cards)
     assert (readme.read_text().count('old'), readme.read_text().count('kept')) == (0, 2)
-    assert '[awm_resnet14_cifar.digits]' in readme.read_text()
+    (line,) = (line for line in readme.read_text().splitlines() if '[awm_resnet14_cifar.digits]' in line)
+    assert line.endswith(f'| {params / 1e6:.3f} | 1.7 |')  # of one channel and 8 x 8 pixels
     assert '| Two small nets on digits | awm | ' in readme.read_text()
 
     weights = (folder / 'model.safetensors').read_bytes()
