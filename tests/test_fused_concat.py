@@ -212,6 +212,33 @@ def test_a_layer_that_needs_single_operations_has_them(change, taken):
     assert len(taken) == READS - 1
 
 
+class Adapter(nn.Module):
+    """A convolution with a low-rank one beside it, which has of the first's attributes its weight alone."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        options = dict(bias=False, dtype=conv.weight.dtype)
+        self.down = nn.Conv2d(conv.in_channels, 1, conv.kernel_size, conv.stride, conv.padding, **options)
+        self.up = nn.Conv2d(1, conv.out_channels, 1, **options)
+
+    @property
+    def weight(self):
+        return self.conv.weight
+
+    def forward(self, x):
+        return self.conv(x) + self.up(self.down(x))
+
+
+def test_convolutions_may_be_wrapped(taken):
+    net = small_net()
+    for name, conv in [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Conv2d)]:
+        parent, _, child = name.rpartition('.')
+        setattr(net.get_submodule(parent), child, Adapter(conv))
+    assert_both_forms_equal(net, images())
+    assert len(taken) == READS
+
+
 def test_other_modes_fall_back(taken):
     model, x = small_net(train=False), images()
     expected = model(x)

@@ -39,7 +39,7 @@ class WeightedDenseBlock(DenseBlock):
 
     def forward_buffered(self, init_features: torch.Tensor) -> torch.Tensor:
         layers = list(self.values())
-        channels = layers[-1].conv1.in_channels + layers[-1].conv2.out_channels
+        channels = layers[-1].conv1.weight.shape[1] + layers[-1].conv2.weight.shape[0]
         features = DenseFeatures(channels, variance=any(layer.norm1.training for layer in layers))
         features.append(init_features)
         for layer in layers:
