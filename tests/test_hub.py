@@ -69,6 +69,12 @@ def test_nets_of_other_arguments(tmp_path, name, args):
     folder = save_checkpoint(net, tmp_path / 'net', model_args=recorded)
     x = IMAGE[:, : args.get('in_chans', 3)]
     assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x), net(x))
+    config = json.loads((folder / 'config.json').read_text())
+    alike = timm.create_model(  # as transformers makes it
+        config['architecture'], num_classes=config['num_classes'], **config.get('model_args', {})
+    )
+    alike.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
+    assert torch.equal(alike.eval()(x), net(x))
     loaded = validate_checkpoint(folder)
     assert loaded.num_classes == net.num_classes
     assert 'num_classes' not in args or 'label_names' not in loaded.pretrained_cfg  # those of other classes

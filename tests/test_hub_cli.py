@@ -72,9 +72,9 @@ def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsy
     config = saved_config(run, saved)
 
     cfg, measured = config['pretrained_cfg'], Results.from_dict(config['results'])
-    assert (config['architecture'], config['model_args']) == ('adaresnet14_cifar', {'sharing': 'kind'})
+    assert (config['architecture'], config['model_args']) == ('adaresnet14_cifar', {'sharing': 'kind', 'in_chans': 1})
     assert (cfg['input_size'], cfg['mean'], cfg['std'], cfg['crop_pct']) == ([1, 8, 8], [0.3], [0.4], 1.0)
-    assert cfg['label_names'] == [*'0123456789']
+    assert config['label_names'] == [*'0123456789']
     result = json.loads((run / 'result.json').read_text())
     assert (measured.seed, measured.seeds, measured.epochs) == (5, [3, 5], 1)
     assert measured.top1[1] == round(result['last']['top1'], 2)
@@ -94,7 +94,7 @@ def test_a_run_is_saved_with_what_it_says_of_itself_and_measured(tmp_path, capsy
     assert saved_config('.', tmp_path / 'here')['results'] == config['results']
     assert saved_config(saved, tmp_path / 'copy') == config
     assert saved_config(f'local-dir:{saved}', tmp_path / 'same') == config
-    assert saved_config(named[0], tmp_path / 'named', *named[1:])['model_args'] == {'sharing': 'kind'}
+    assert saved_config(named[0], tmp_path / 'named', *named[1:])['model_args'] == config['model_args']
     # What was measured is not of the best epoch's weights, nor of a net with other arguments.
     assert 'results' not in saved_config(run / 'model_best.safetensors', tmp_path / 'best')
     assert 'results' not in saved_config(run, tmp_path / 'other', '--model-kwargs', 'skip_init=1.0')
@@ -107,7 +107,7 @@ def test_a_saved_run_says_nothing_of_other_weights_of_its_model(tmp_path):
     run = train(tmp_path, model='awm_resnet18.fb_swsl_ig1b_ft_in1k', data=data)
     config = saved_config(run, tmp_path / 'saved')
     cfg = config['pretrained_cfg']
-    assert (cfg['input_size'], cfg['num_classes'], cfg['label_names']) == ([3, 64, 64], 5, [*'abcde'])
+    assert (cfg['input_size'], cfg['num_classes'], config['label_names']) == ([3, 64, 64], 5, [*'abcde'])
     assert cfg['crop_pct'] == 1.0
     assert not {'test_input_size', 'test_crop_pct', 'origin_url', 'tag'} & cfg.keys()
     assert cfg['license'] == 'cc-by-nc-4.0'  # the weights may have been its
@@ -129,7 +129,8 @@ def test_anothers_weights_have_no_classes_of_our_checkpoint(tmp_path):
     safetensors.torch.save_file(timm.create_model('awm_resnet14_cifar', in_chans=1).state_dict(), weights)
     named = ['awm_resnet14_cifar', tmp_path / 'saved', '--checkpoint', str(weights), '--model-kwargs', 'in_chans=1']
     assert 'airplane' in timm.get_pretrained_cfg_value('awm_resnet14_cifar', 'label_names')
-    assert 'label_names' not in saved_config(*named)['pretrained_cfg']
+    config = saved_config(*named)
+    assert 'label_names' not in {**config, **config['pretrained_cfg']}
 
 
 def test_convert_and_fold_take_a_run(tmp_path):

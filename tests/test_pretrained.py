@@ -179,6 +179,7 @@ def test_which_checkpoint_is_the_default(tmp_path, monkeypatch):
     def stage(name: str, input_size: list[int], num_classes: int, **cfg) -> None:
         config = {'architecture': name.partition('.')[0], 'num_classes': num_classes}
         config['pretrained_cfg'] = {'input_size': input_size, **cfg}
+        config['model_args'] = {} if input_size[0] == 3 else {'in_chans': input_size[0]}
         (tmp_path / name).mkdir()
         (tmp_path / name / 'config.json').write_text(json.dumps(config))
 

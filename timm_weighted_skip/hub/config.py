@@ -182,9 +182,14 @@ def model_config(
         'architecture': architecture,
         'num_classes': num_classes,
         'num_features': model.num_features,
+        # As timm publishes them, and where transformers looks for them.
+        **{name: cfg.pop(name) for name in ('label_names', 'label_descriptions') if name in cfg},
         'pretrained_cfg': cfg,
     }
-    if args := args_beside_weights(model_args or {}):
+    args = args_beside_weights(model_args or {})
+    if in_chans != 3:
+        args['in_chans'] = in_chans  # timm takes it from the input size, but transformers makes the net of these alone
+    if args:
         config['model_args'] = args
     if results:
         add_results(config, results)

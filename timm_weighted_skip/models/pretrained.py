@@ -52,7 +52,7 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
     """Default cfgs of the checkpoint directories `<name>.<tag>` in `root` whose name is one of `names`.
 
     The weights are the directory's own file, or else those of its repository under `HUB_OWNER`. A directory whose net
-    was made with arguments of its own isn't the name's checkpoint; it loads as `local-dir:`.
+    was made with arguments of its own, beside input channels, isn't the name's checkpoint; it loads as `local-dir:`.
     """
     names = set(names)
     cfgs = {}
@@ -64,18 +64,17 @@ def staged_cfgs(root: Path, names: Iterable[str]) -> dict[str, PretrainedCfg]:
         try:
             config = read_json(file)
             known = {field.name for field in fields(PretrainedCfg)}
-            stated = {k: v for k, v in config['pretrained_cfg'].items() if k in known}
+            stated = {k: v for k, v in {**config['pretrained_cfg'], **config}.items() if k in known}
             cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()}  # timm's scripts add to shapes
             _, _, _ = cfg['input_size']
             weights = file.with_name('model.safetensors')
             cfg.update(
-                num_classes=config.get('num_classes', cfg.get('num_classes')),
                 hf_hub_id=f'{HUB_OWNER}/{name_and_tag}',
                 file=str(weights) if weights.is_file() else None,
             )
             if config['architecture'] != name:
                 raise ValueError(f'its net is {config["architecture"]}, and its folder is named after {name}')
-            if not config.get('model_args'):
+            if not config.get('model_args', {}).keys() - {'in_chans'}:
                 cfgs[name_and_tag] = PretrainedCfg(**cfg)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             # The other checkpoints and every net remain of use.
