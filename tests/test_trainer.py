@@ -212,7 +212,7 @@ def test_a_checkpoint_by_its_tag_has_the_accuracy_of_its_card(capsys):
     measured = json.loads(capsys.readouterr().out)['top1']
     assert measured == pytest.approx(card['results']['top1'][0], abs=0.05)
     for target, why in (
-        ('awm_resnet14_cifar.none', "has no checkpoint 'none'; it has cifar10, digits"),
+        ('awm_resnet14_cifar.none', "has no checkpoint 'none'; it has cifar10, cifar100, digits"),
         ('awm_resnet110_cifar', 'has no published weights'),
         ('nowhere/last.safetensors', 'no file or folder nowhere/last.safetensors'),
     ):
