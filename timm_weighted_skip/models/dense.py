@@ -39,8 +39,7 @@ class WeightedDenseBlock(DenseBlock):
 
     def forward_buffered(self, init_features: torch.Tensor) -> torch.Tensor:
         layers = list(self.values())
-        channels = layers[-1].conv1.weight.shape[1] + layers[-1].conv2.weight.shape[0]
-        features = DenseFeatures(channels, variance=any(layer.norm1.training for layer in layers))
+        features = DenseFeatures(self.out_channels, variance=any(layer.norm1.training for layer in layers))
         features.append(init_features)
         for layer in layers:
             features.append(layer(features))
@@ -85,6 +84,7 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
                     layer.__class__ = WeightedDenseLayer
                     layer.merge = merge(widths, layer.conv1.weight)
                 widths.append(layer.conv2.out_channels)
+            module.out_channels = sum(widths)  # noted here, as what wraps or shards a layer may hide its shape
         elif isinstance(module, DenseTransition):
             weight = merge(widths, module.conv.weight)
             parts = OrderedDict(merge=weight, **dict(module.named_children()))
