@@ -290,12 +290,11 @@ def checkpoint_table(root: Path) -> str:
         if 'results' not in config:
             continue
         results = Results.from_dict(config['results'], str(file))
-        own = results.top1[results.seeds.index(results.seed)]
         with torch.device('meta'):
             image = torch.empty(1, *config['pretrained_cfg']['input_size'])
             cost = count_costs(build_net(config, file).eval(), image)
         name = f'[{file.parent.name}](hub_cards/{file.parent.name})'
-        accuracies = f'{own:.2f}', spread(results.top1)
+        accuracies = f'{results.own:.2f}', spread(results.top1)
         counts = f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e6:.1f}'
         rows.append([name, results.dataset, str(results.epochs), *accuracies, *counts])
     columns = ['checkpoint', 'data', 'epochs', 'top-1 (%)', 'mean ± std (n)', 'params (M)', 'MACs (M)']

@@ -77,11 +77,10 @@ def _block(text: str, language: str = 'python') -> str:
 def _results_section(results: Results, name: str) -> str:
     rows = {f'**{name}**': results.top1, **results.comparison}
     table = '\n'.join(f'| {name} | {accuracy(top1)} |' for name, top1 in rows.items())
-    own = results.top1[results.seeds.index(results.seed)]
     return (
         f'Top-1 accuracy in % on the {results.split} split of {results.dataset} after the last of {results.epochs} '
         'epochs: mean ± standard deviation over n trainings, one per seed. The weights here are those of '
-        f'seed {results.seed}, with {own:.2f} %.\n\n'
+        f'seed {results.seed}, with {results.own:.2f} %.\n\n'
         f'| model | top-1 |\n|---|---|\n{table}\n'
     )
 
@@ -116,8 +115,7 @@ def model_card(folder: Path, repo_id: str) -> str:
             dataset_split=results.split,
             metric_type='accuracy',
         )
-        own = results.top1[results.seeds.index(results.seed)]
-        measured = {f'top-1 of these weights (seed {results.seed})': own}
+        measured = {f'top-1 of these weights (seed {results.seed})': results.own}
         if len(results.top1) > 1:
             measured[f'top-1, mean of {len(results.top1)} seeds'] = round(statistics.fmean(results.top1), 2)
         evaluation = dict(

@@ -126,6 +126,11 @@ class Results:
                 f'{source} is not of a run of this trainer ({error}); give what was measured by --results'
             ) from None
 
+    @property
+    def own(self) -> float:
+        """Accuracy in % of the weights themselves."""
+        return self.top1[self.seeds.index(self.seed)]
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
