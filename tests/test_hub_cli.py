@@ -201,6 +201,17 @@ def test_what_a_run_can_not_give_is_one_clear_line(tmp_path, capsys, monkeypatch
     assert not Path('executed').exists()
 
 
+@pytest.mark.parametrize(
+    ('name', 'size'),
+    [('resnet20_cifar', 28), ('awm_densenet22_bc_cifar', 64), ('adaresnet18_released', 28), ('awm_resnet50', 32)],
+)
+def test_the_pool_size_of_a_runs_net_is_that_of_its_images(name, size):
+    about = Trained(name, {}, [*'abcde'], [1, size, size], [0.3], [0.4])
+    net = timm.create_model(name, **about.arguments(), device='meta').eval()
+    last = net.forward_features(torch.empty(1, 1, size, size, device='meta'))
+    assert net.pretrained_cfg['pool_size'] == last.shape[2:]
+
+
 def test_fold_reports_what_stays_weighted(tmp_path, capsys):
     net = timm.create_model('adaresnet14_cifar', skip_init=-1.0)
     torch.save(net.state_dict(), tmp_path / 'net.pth')

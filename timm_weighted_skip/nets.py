@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass, fields, replace
+from math import ceil
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
@@ -12,6 +13,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import (
+    get_pretrained_cfg,
     get_pretrained_cfg_value,
     load_model_config_from_hf,
     load_state_dict,
@@ -124,6 +126,7 @@ class Trained:
             **({'license': self.license} if self.license else {}),
             'num_classes': len(self.classes),
             'input_size': tuple(self.input_size),
+            'pool_size': self._pool_size(),
             'crop_pct': 1.0,
             'mean': tuple(self.mean),
             'std': tuple(self.std),
@@ -132,6 +135,14 @@ class Trained:
             'test_crop_pct': None,
         }
         return {**self.model_kwargs, **shape, 'pretrained_cfg_overlay': config}
+
+    def _pool_size(self) -> Optional[tuple[int, ...]]:
+        """That of the registered net, which is for images of another size, scaled; a part of a pixel counts as one."""
+        registered = get_pretrained_cfg(self.model)
+        if registered is None or registered.pool_size is None:
+            return None
+        sizes = zip(registered.pool_size, self.input_size[1:], registered.input_size[1:])
+        return tuple(ceil(pool * size / whole) for pool, size, whole in sizes)
 
 
 @dataclass(frozen=True)
