@@ -86,9 +86,10 @@ def test_nets_of_other_arguments(tmp_path, name, args):
 
 
 @torch.no_grad()
-def test_where_learned_weights_started_is_in_the_weights(tmp_path):
-    net = randomise(timm.create_model('adaresnet14_cifar', skip_init=1.0)).eval()
-    folder = save_checkpoint(net, tmp_path / 'adaresnet14_cifar.mine', model_args={'skip_init': 1.0})
+def test_where_what_it_learned_started_is_in_the_weights(tmp_path):
+    args = {'skip_init': 1.0, 'zero_init_last': False}
+    net = randomise(timm.create_model('adaresnet14_cifar', **args)).eval()
+    folder = save_checkpoint(net, tmp_path / 'adaresnet14_cifar.mine', model_args=args)
     assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(IMAGE), net(IMAGE))
     assert staged_cfgs(tmp_path, ['adaresnet14_cifar']).keys() == {folder.name}  # it is the name's checkpoint
     # A net with arguments that make another net of it is not.

@@ -142,8 +142,9 @@ def accuracy(top1: list[float]) -> str:
 
 
 def args_beside_weights(model_args: dict[str, Any]) -> dict[str, Any]:
-    """Those of a net's arguments that it is rebuilt with; where learned weights started is in the weights no more."""
-    return {k: v for k, v in model_args.items() if k != 'skip_init' or model_args.get('skip_fixed')}
+    """Those of a net's arguments that it is rebuilt with; where what it learned started is in the weights no more."""
+    starts = {'zero_init_last', *(() if model_args.get('skip_fixed') else ('skip_init',))}
+    return {k: v for k, v in model_args.items() if k not in starts}
 
 
 def model_config(
