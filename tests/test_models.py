@@ -97,7 +97,8 @@ def test_a_deep_net_learns_from_shortcuts_of_a_half():
     ('name', 'options'),
     [
         *(('adaresnet50', {'skip_init': init}) for init in (0.0, 'normal', -1.0, 0.5)),
-        *(('awm_resnet50', {'scale': scale}) for scale in (1.0, -2.0)),
+        *(('awm_resnet50', {'scale': scale, 'zero_init_last': True}) for scale in (1.0, -2.0)),
+        ('awm_resnet50', {}),
     ],
 )
 def test_units_that_would_not_pass_their_shortcut_keep_their_last_norm(name, options):
@@ -106,7 +107,9 @@ def test_units_that_would_not_pass_their_shortcut_keep_their_last_norm(name, opt
     assert all(model.get_submodule(unit.name).bn3.weight.all() for unit in identities)
 
 
-@pytest.mark.parametrize(('name', 'options'), [('adaresnet50', {'skip_init': 1.0}), ('awm_resnet50', {})])
+@pytest.mark.parametrize(
+    ('name', 'options'), [('adaresnet50', {'skip_init': 1.0}), ('awm_resnet50', {'zero_init_last': True})]
+)
 def test_units_that_pass_their_shortcut_start_without_their_branch(name, options):
     model = timm.create_model(name, **options)
     assert not any(model.get_submodule(unit.name).bn3.weight.any() for unit in mapping_units(model))

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from test_freezing import groups
 from training import train_args
 
+import timm_weighted_skip
 from timm_weighted_skip.cli import build_parser, main
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.pretrained import checkpoint_root
+from timm_weighted_skip.quickstart import train_digits
 from timm_weighted_skip.train import checkpoint as checkpoints
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
 from timm_weighted_skip.train.runs import run_seeds
@@ -46,6 +48,13 @@ def make_trainer(model='awm_resnet14_cifar', **recipe):
 def bits(net):
     state = net.state_dict()
     return {name: t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in state.items()}
+
+
+def test_no_gate_shuts_before_its_branch_has_learned():
+    trainer = train_digits('AWM', epochs=3, period=0, seed=0)
+    images, _ = next(trainer.test_batches.in_order())
+    units = timm_weighted_skip.mapping_units(trainer.net.eval(), images)
+    assert min(unit.weight[:, 0].mean().item() for unit in units) > 0.4
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 Paper: `Residual Convolutional Neural Network Revisited with Active Weighted Mapping`,
 https://arxiv.org/abs/1811.06878. Model arguments beside timm's: `hidden`, `scale` (see `ActiveWeightedMapping`), and
-`plain=True`, which leaves the gates out and is the baseline.
+`plain=True`, which leaves the gates out and is the baseline. Other than in timm, `zero_init_last` is false by
+default: the gate of a branch that gives 0 at first shuts it before it has learned anything.
 """
 
 from timm.models import register_model
@@ -30,12 +31,13 @@ def _create_awm_resnet(
     hidden: int = 16,
     scale: float = 2.0,
     plain: bool = False,
+    zero_init_last: bool = False,
     **kwargs,
 ) -> ResNet:
     def merge(channels: int, projection: bool, **dd) -> ActiveWeightedMapping:
         return ActiveWeightedMapping(channels, hidden, scale, plain, **dd)
 
-    return build(model_cls, variant, pretrained, merge=merge, **kwargs)
+    return build(model_cls, variant, pretrained, merge=merge, zero_init_last=zero_init_last, **kwargs)
 
 
 @register_model
