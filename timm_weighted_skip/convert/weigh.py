@@ -61,8 +61,8 @@ def _plain_copy(model: Net) -> Net:
 def to_awm(model: Net, hidden: Optional[int] = None) -> Net:
     """An AWM net with the weights and the output of the plain net `model`: its gates' last layers are 0.
 
-    Make a ResNet that isn't trained yet with `zero_init_last=False`, as the registered AWM nets are: a gate shuts out a
-    branch that gives 0.
+    Make a ResNet that isn't trained yet with `zero_init_last=False`, as the registered AWM nets are: a gate can shut
+    out a branch that gives 0.
 
     Args:
         model: Any net of timm's ResNet class with its two standard blocks (resnet, resnext, wide, seresnet, ecaresnet,

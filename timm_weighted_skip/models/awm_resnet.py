@@ -3,7 +3,7 @@
 Paper: `Residual Convolutional Neural Network Revisited with Active Weighted Mapping`,
 https://arxiv.org/abs/1811.06878. Model arguments beside timm's: `hidden`, `scale` (see `ActiveWeightedMapping`), and
 `plain=True`, which leaves the gates out and is the baseline. Other than in timm, `zero_init_last` is false by
-default: the gate of a branch that gives 0 at first shuts it before it has learned anything.
+default: the gate of a branch that gives 0 at first can shut it before it has learned anything.
 """
 
 from timm.models import register_model
