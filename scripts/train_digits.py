@@ -13,6 +13,7 @@ from typing import Any
 
 from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.hub import Results, save_checkpoint
+from timm_weighted_skip.nets import Trained
 from timm_weighted_skip.quickstart import MODELS, train_digits
 
 EPOCHS, PERIOD, SEEDS = 30, 3, [0, 1, 2]
@@ -38,13 +39,9 @@ def main() -> None:
                 trainers.append(trainer)
 
     model: Any = trainers[0].net.eval()
-    model.pretrained_cfg.update(
-        input_size=(1, 8, 8),
-        pool_size=(2, 2),
-        mean=trainers[0].mean,
-        std=trainers[0].std,
-        label_names=[str(digit) for digit in range(10)],
-    )
+    mean, std = list(trainers[0].mean), list(trainers[0].std)
+    trained = Trained(MODELS['AWM'], {}, list(trainers[0].test_batches.classes), [1, 8, 8], mean, std)
+    model.pretrained_cfg.update(trained.arguments()['pretrained_cfg_overlay'])
     results = Results(
         dataset="scikit-learn's digits",
         dataset_id='sklearn-digits',

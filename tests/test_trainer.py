@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_freezing import groups
 from training import train_args
 
-import timm_weighted_skip
+from timm_weighted_skip.analysis.units import mapping_units
 from timm_weighted_skip.cli import build_parser, main
 from timm_weighted_skip.data import ImageSet
 from timm_weighted_skip.models.pretrained import checkpoint_root
@@ -48,13 +48,6 @@ def make_trainer(model='awm_resnet14_cifar', **recipe):
 def bits(net):
     state = net.state_dict()
     return {name: t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in state.items()}
-
-
-def test_no_gate_shuts_before_its_branch_has_learned():
-    trainer = train_digits('AWM', epochs=3, period=0, seed=0)
-    images, _ = next(trainer.test_batches.in_order())
-    units = timm_weighted_skip.mapping_units(trainer.net.eval(), images)
-    assert min(unit.weight[:, 0].mean().item() for unit in units) > 0.4
 
 
 @pytest.mark.parametrize(
@@ -101,6 +94,13 @@ def test_learns_what_can_be_learnt():
     while trainer.position.epoch < trainer.epochs:
         trainer.train_epoch()
     assert trainer.evaluate()['top1'] > 90  # the labels' brightness tells them apart
+
+
+def test_no_gate_shuts_before_its_branch_has_learned():
+    trainer = train_digits('AWM', epochs=3, period=0, seed=0)
+    images, _ = next(trainer.test_batches.in_order())
+    units = mapping_units(trainer.net.eval(), images)
+    assert min(unit.weight[:, 0].mean().item() for unit in units) > 0.4
 
 
 def test_accuracy_of_an_epoch_is_that_of_the_images_as_they_were_seen():

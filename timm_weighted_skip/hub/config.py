@@ -143,7 +143,7 @@ def accuracy(top1: list[float]) -> str:
 
 def args_beside_weights(model_args: dict[str, Any]) -> dict[str, Any]:
     """Those of a net's arguments that it is rebuilt with; where what it learned started is in the weights no more."""
-    starts = {'zero_init_last', *(() if model_args.get('skip_fixed') else ('skip_init',))}
+    starts = {'zero_init_last'} if model_args.get('skip_fixed') else {'zero_init_last', 'skip_init'}
     return {k: v for k, v in model_args.items() if k not in starts}
 
 
