@@ -17,9 +17,8 @@ from training import train_args
 
 from timm_weighted_skip.analysis.units import mapping_units
 from timm_weighted_skip.cli import build_parser, main
-from timm_weighted_skip.data import ImageSet
+from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.models.pretrained import checkpoint_root
-from timm_weighted_skip.quickstart import train_digits
 from timm_weighted_skip.train import checkpoint as checkpoints
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
 from timm_weighted_skip.train.runs import run_seeds
@@ -97,7 +96,12 @@ def test_learns_what_can_be_learnt():
 
 
 def test_no_gate_shuts_before_its_branch_has_learned():
-    trainer = train_digits('AWM', epochs=3, period=0, seed=0)
+    digits = load_image_set('digits', train=True)
+    recipe = Recipe(epochs=3, alternate_freeze=0, weight_decay=1e-4, smoothing=0.0, no_aug=True)
+    torch.manual_seed(0)
+    trainer = Trainer(make_net('awm_resnet14_cifar', digits), recipe, digits, digits)
+    for _ in range(trainer.epochs):
+        trainer.train_epoch()
     images, _ = next(trainer.test_batches.in_order())
     units = mapping_units(trainer.net.eval(), images)
     assert min(unit.weight[:, 0].mean().item() for unit in units) > 0.4

@@ -1,6 +1,7 @@
 """The quickstart: a small AWM net against its plain baseline on scikit-learn's handwritten digits.
 
-Both nets see the same images for the same number of epochs; the AWM net trains backbone and gates in turn.
+Both nets start with every norm at 1 and see the same images for the same number of epochs; the AWM net trains backbone and
+gates in turn.
 """
 
 import statistics
@@ -43,7 +44,8 @@ def train_digits(label: str, epochs: int, period: int, seed: int) -> Trainer:
         no_aug=True,
     )
     torch.manual_seed(seed)
-    trainer = Trainer(make_net(MODELS[label], train), recipe, train, test)
+    net = make_net(MODELS[label], train, zero_init_last=False)
+    trainer = Trainer(net, recipe, train, test)
     with tqdm(total=trainer.epochs, desc=f'{label:5} seed {seed}', unit='epoch', leave=False, disable=None) as bar:
         for _ in range(trainer.epochs):
             done = trainer.train_epoch()
