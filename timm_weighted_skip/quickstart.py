@@ -1,7 +1,7 @@
 """The quickstart: a small AWM net against its plain baseline on scikit-learn's handwritten digits.
 
-Both nets start with every norm at 1 and see the same images for the same number of epochs; the AWM net trains backbone and
-gates in turn.
+Both nets start with every norm at 1 and see the same images for the same number of epochs; the AWM net trains backbone
+and gates in turn.
 """
 
 import statistics
