@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import timm
 import torch
 
 from timm_weighted_skip import cli
@@ -17,9 +16,7 @@ def test_list_shows_costs_and_units(capsys):
     assert cli.main(['list', 'awm_resnet20*']) == 0
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[0] == 'model'
-    *costs, tags = row.split(maxsplit=5)
-    assert costs == ['awm_resnet20_cifar', '0.2835', '0.0408', '9', '3x32x32']
-    assert [f'awm_resnet20_cifar.{tag}' for tag in tags.split(', ')] == timm.list_pretrained('awm_resnet20_cifar.*')
+    assert row.split() == ['awm_resnet20_cifar', '0.2835', '0.0408', '9', '3x32x32', 'cifar10,', 'cifar100']
 
 
 def test_unknown_name_lists_near_ones(capsys):
