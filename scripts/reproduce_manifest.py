@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 from timm.models import is_model
 
 from timm_weighted_skip.files import read_json
@@ -24,6 +25,7 @@ class Run:
         model, data, recipe: As `weighted-skip train` takes them.
         options: Fields of the recipe that are overridden.
         paper: Accuracy in % that the paper reports.
+        paper_weights: Skip weights that the paper reports, (units, rounds).
         baseline: The run that it is to be compared with, trained for the same number of epochs: RUN of the same
             experiment, or EXPERIMENT/RUN.
         checkpoint: Whether the first seed's weights become `hub_cards/<model>.<data>`.
@@ -38,6 +40,7 @@ class Run:
     seeds: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
     paper: Optional[float] = None
+    paper_weights: Optional[list[list[float]]] = None
     baseline: Optional[str] = None
     checkpoint: bool = False
     about: str = ''
@@ -194,6 +197,8 @@ def _check(run: Run) -> None:
         raise ValueError(f'seeds {list(run.seeds)}; give one or more integers, each once')
     if run.paper is not None and not isinstance(run.paper, (int, float)):
         raise ValueError(f'paper {run.paper!r}; give an accuracy in %')
+    if run.paper_weights is not None and (np.ndim(run.paper_weights) != 2 or len(run.paper_weights[0]) < 2):
+        raise ValueError(f'paper_weights {run.paper_weights!r}; give a list of two or more rounds for each unit')
     if run.baseline is not None and not isinstance(run.baseline, str):
         raise ValueError(f'baseline {run.baseline!r}; give the name of a run')
     args = args_beside_weights(run.recipe_of(0).model_kwargs)

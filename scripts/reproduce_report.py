@@ -117,6 +117,16 @@ def skip_weight_rounds(run: Run, results: dict[int, dict[str, Any]]) -> tuple[li
     return units, np.array(w).T
 
 
+def sizes_table(run: Run, results: dict[int, dict[str, Any]]) -> str:
+    """`|w|` of every unit beside the paper's (AdaResNet, Tables I and II): mean, standard deviation, rounds."""
+    units, w = skip_weight_rounds(run, results)
+    rows = [
+        [unit.name, spread(ours), spread(theirs), compare(ours, theirs)[0]]
+        for unit, ours, theirs in zip(units, np.abs(w).tolist(), np.abs(run.paper_weights).tolist(), strict=True)
+    ]
+    return markdown(['unit', 'ours', 'paper', 'difference'], rows)
+
+
 def lam1(unit: dict[str, Any]) -> tuple[float, float]:
     """Mean of a gate's `lam1` over the test images, and its standard deviation."""
     return unit['mean'][0], unit['variance'][0] ** 0.5
@@ -210,11 +220,15 @@ class Report:
                 parts += [f'Weights of `{name}`, {weights.about["weights"]}:', weights.tables['weights'].markdown()]
                 file, title = f'{experiment.name}-{name}-weights', f'Weights of {name}'
                 parts += [self.picture(weights, figure, file, title) for figure in weights.figures]
+            if experiment.runs[name].paper_weights:
+                about = f"Sizes of the weights of `{name}`, and the paper's:"
+                parts += [about, sizes_table(experiment.runs[name], of_seed)]
         return '\n\n'.join(parts)
 
     def variance(self) -> Optional[str]:
         """AdaResNet's variances within and between data sets, once there are rounds of all groups."""
         groups: dict[str, np.ndarray] = {}
+        paper: dict[str, np.ndarray] = {}
         units: list[MappingUnit] = []
         for group, path in self.manifest.variance.items():
             run = self.manifest.runs[path]
@@ -222,11 +236,19 @@ class Report:
             if len(results) < 2:
                 return None
             units, groups[group] = skip_weight_rounds(run, results)
+            if run.paper_weights:
+                paper[group] = np.array(run.paper_weights)
         if not groups:
             return None
-        found = group_variance(groups, [unit.name for unit in units])
+        names = [unit.name for unit in units]
+        found = group_variance(groups, names)
+        table = found.tables['variance']
+        if paper.keys() == groups.keys():
+            theirs = group_variance(paper, names).tables['variance']
+            values = [[*row, value] for row, (*_, value) in zip(table.rows, theirs.rows)]
+            table = Table([*table.columns, "from the paper's tables"], values)
         picture = self.picture(found, 'variance', 'variance', 'Mean and range of the weights of each data set')
-        return f'{found.tables["variance"].markdown()}\n\n{picture}'
+        return f'{table.markdown()}\n\n{picture}'
 
     def runs(self) -> str:
         """What was run where, and how much was not."""

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -299,6 +300,8 @@ def test_out_of_time_it_saves_and_says_what_is_left(tmp_path):
         (('alternate_freeze: 1}', 'alternate_freeze: 1, epochs: 3}'), 'baseline plain is not trained on the same data'),
         (('seeds: [0, 1]', 'seeds: [0, 0]'), r'seeds \[0, 0\]; give one or more integers, each once'),
         (('paper: 90.5', 'paper: many'), "run plain: paper 'many'; give an accuracy in %"),
+        (('paper: 90.5', 'paper_weights: [0.5]'), r'paper_weights \[0.5\]; give a list of two or more rounds'),
+        (('paper: 90.5', 'paper_weights: [[1, 2], [3]]'), 'run plain: .*inhomogeneous'),
         (('    seeds:', '    tittle: Nets\n    seeds:'), 'experiment small: unknown tittle'),
         (('    seeds:', '    against: lr\n    seeds:'), "against 'lr'; give depth or recipe.FIELD"),
         (('experiments:', 'variance: {a: small/awn}\nexperiments:'), "variance a: 'small/awn' is no EXPERIMENT/RUN"),
@@ -326,6 +329,17 @@ def test_verdicts(modules):
     assert compare([2.0, 3.0], [1.0]) == ('+1.50', 'one seed of the baseline: no verdict')
     assert compare([2.0, 2.0], [1.0, 1.0]) == ('+1.00', 'no spread: no verdict')
     assert compare([], [1.0]) == ('-', '-')
+
+
+def test_weights_beside_the_papers(modules):
+    run = SimpleNamespace(model='adaresnet14_cifar', paper_weights=[[-0.5, 0.7]] * 6)
+    rounds = [{'mapping_units': {unit: {'mean': [w]} for unit in range(6)}} for w in (-1.0, 1.2)]
+    # Welch's t by hand: sizes of mean 1.1 and 0.6, both variances 0.02, n = 2: 0.5 +- 4.303 * sqrt(0.02)
+    line = '| layer1.0 | 1.10 ± 0.14 (2) | 0.60 ± 0.14 (2) | +0.50 [-0.11, +1.11] |'
+    assert line in modules[1].sizes_table(run, dict(enumerate(rounds)))
+    run.paper_weights.pop()
+    with pytest.raises(ValueError, match='shorter'):
+        modules[1].sizes_table(run, dict(enumerate(rounds)))
 
 
 def test_a_missing_marker_is_named_and_nothing_is_written(tmp_path, modules):
