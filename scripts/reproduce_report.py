@@ -221,7 +221,7 @@ class Report:
                 file, title = f'{experiment.name}-{name}-weights', f'Weights of {name}'
                 parts += [self.picture(weights, figure, file, title) for figure in weights.figures]
             if experiment.runs[name].paper_weights:
-                about = f"Sizes of the weights of `{name}`, and the paper's:"
+                about = f"Sizes `|w|` of `{name}`, mean ± standard deviation (rounds), and the paper's:"
                 parts += [about, sizes_table(experiment.runs[name], of_seed)]
         return '\n\n'.join(parts)
 
