@@ -117,12 +117,12 @@ def skip_weight_rounds(run: Run, results: dict[int, dict[str, Any]]) -> tuple[li
     return units, np.array(w).T
 
 
-def sizes_table(run: Run, results: dict[int, dict[str, Any]]) -> str:
+def sizes_table(run: Run, results: dict[int, dict[str, Any]], paper: list[list[float]]) -> str:
     """`|w|` of every unit beside the paper's (AdaResNet, Tables I and II): mean, standard deviation, rounds."""
     units, w = skip_weight_rounds(run, results)
     rows = [
         [unit.name, spread(ours), spread(theirs), compare(ours, theirs)[0]]
-        for unit, ours, theirs in zip(units, np.abs(w).tolist(), np.abs(run.paper_weights).tolist(), strict=True)
+        for unit, ours, theirs in zip(units, np.abs(w).tolist(), np.abs(paper).tolist(), strict=True)
     ]
     return markdown(['unit', 'ours', 'paper', 'difference'], rows)
 
@@ -220,9 +220,9 @@ class Report:
                 parts += [f'Weights of `{name}`, {weights.about["weights"]}:', weights.tables['weights'].markdown()]
                 file, title = f'{experiment.name}-{name}-weights', f'Weights of {name}'
                 parts += [self.picture(weights, figure, file, title) for figure in weights.figures]
-            if experiment.runs[name].paper_weights:
-                about = f"Sizes `|w|` of `{name}`, mean ± standard deviation (rounds), and the paper's:"
-                parts += [about, sizes_table(experiment.runs[name], of_seed)]
+            if paper := experiment.runs[name].paper_weights:
+                parts.append(f"Sizes `|w|` of `{name}`, mean ± standard deviation (rounds), and the paper's:")
+                parts.append(sizes_table(experiment.runs[name], of_seed, paper))
         return '\n\n'.join(parts)
 
     def variance(self) -> Optional[str]:
