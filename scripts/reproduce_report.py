@@ -16,7 +16,7 @@ import timm
 import torch
 from reproduce_manifest import Experiment, Job, Manifest, Run
 
-from timm_weighted_skip.analysis import MappingUnit, mapping_units
+from timm_weighted_skip.analysis import mapping_units
 from timm_weighted_skip.analysis.curves import Run as Curve
 from timm_weighted_skip.analysis.curves import curves, sweep
 from timm_weighted_skip.analysis.figures import colour, label_units, legend_above, new_figure, render, styled
@@ -110,19 +110,18 @@ def _curves(experiment: Experiment, results: dict[str, dict[int, dict[str, Any]]
     return [Curve(Path(experiment.name, name), result['curve'], result) for name, result in first.items()]
 
 
-def skip_weight_rounds(run: Run, results: dict[int, dict[str, Any]]) -> tuple[list[MappingUnit], np.ndarray]:
-    """The units of an AdaResNet run and their `w`, (units, rounds)."""
-    units = mapping_units(timm.create_model(run.model))
-    w = [[unit['mean'][0] for unit in result['mapping_units'].values()] for result in results.values()]
-    return units, np.array(w).T
+def skip_weight_rounds(results: dict[int, dict[str, Any]]) -> tuple[list[str], np.ndarray]:
+    """Names of the units of an AdaResNet run and their `w`, (units, rounds)."""
+    rounds = [result['mapping_units'] for result in results.values()]
+    return list(rounds[0]), np.array([[unit['mean'][0] for unit in units.values()] for units in rounds]).T
 
 
-def sizes_table(run: Run, results: dict[int, dict[str, Any]], paper: list[list[float]]) -> str:
+def sizes_table(results: dict[int, dict[str, Any]], paper: list[list[float]]) -> str:
     """`|w|` of every unit beside the paper's (AdaResNet, Tables I and II): mean, standard deviation, rounds."""
-    units, w = skip_weight_rounds(run, results)
+    names, w = skip_weight_rounds(results)
     rows = [
-        [unit.name, spread(ours), spread(theirs), compare(ours, theirs)[0]]
-        for unit, ours, theirs in zip(units, np.abs(w).tolist(), np.abs(paper).tolist(), strict=True)
+        [name, spread(ours), spread(theirs), compare(ours, theirs)[0]]
+        for name, ours, theirs in zip(names, np.abs(w).tolist(), np.abs(paper).tolist(), strict=True)
     ]
     return markdown(['unit', 'ours', 'paper', 'difference'], rows)
 
@@ -170,7 +169,8 @@ def weights_of(run: Run, results: dict[int, dict[str, Any]]) -> Optional[Result]
     if any(len(unit['mean']) > 2 for unit in units.values()):
         return connection_weights(results)
     if any(len(unit['mean']) == 1 for unit in units.values()):
-        rounds = weights_of_rounds(*skip_weight_rounds(run, results))
+        _, w = skip_weight_rounds(results)
+        rounds = weights_of_rounds(mapping_units(timm.create_model(run.model)), w)
         return replace(rounds, about={'weights': "`w`, where the plain net's is 1"})
     columns = ['unit', *(f'seed {seed} {of}' for seed in results for of in ('mean', 'deviation'))]
     rows = [
@@ -222,25 +222,24 @@ class Report:
                 parts += [self.picture(weights, figure, file, title) for figure in weights.figures]
             if paper := experiment.runs[name].paper_weights:
                 parts.append(f"Sizes `|w|` of `{name}`, mean ± standard deviation (rounds), and the paper's:")
-                parts.append(sizes_table(experiment.runs[name], of_seed, paper))
+                parts.append(sizes_table(of_seed, paper))
         return '\n\n'.join(parts)
 
     def variance(self) -> Optional[str]:
         """AdaResNet's variances within and between data sets, once there are rounds of all groups."""
         groups: dict[str, np.ndarray] = {}
         paper: dict[str, np.ndarray] = {}
-        units: list[MappingUnit] = []
+        names: list[str] = []
         for group, path in self.manifest.variance.items():
             run = self.manifest.runs[path]
             results = read_results(self.manifest, run)
             if len(results) < 2:
                 return None
-            units, groups[group] = skip_weight_rounds(run, results)
+            names, groups[group] = skip_weight_rounds(results)
             if run.paper_weights:
                 paper[group] = np.array(run.paper_weights)
         if not groups:
             return None
-        names = [unit.name for unit in units]
         found = group_variance(groups, names)
         table = found.tables['variance']
         if paper.keys() == groups.keys():

@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -332,13 +331,13 @@ def test_verdicts(modules):
 
 
 def test_weights_beside_the_papers(modules):
-    run, paper = SimpleNamespace(model='adaresnet14_cifar'), [[-0.5, 0.7]] * 6
-    rounds = [{'mapping_units': {unit: {'mean': [w]} for unit in range(6)}} for w in (-1.0, 1.2)]
+    units, paper = [f'layer{s}.{b}' for s in (1, 2, 3) for b in (0, 1)], [[-0.5, 0.7]] * 6
+    rounds = [{'mapping_units': {unit: {'mean': [w]} for unit in units}} for w in (-1.0, 1.2)]
     # Welch's t by hand: sizes of mean 1.1 and 0.6, both variances 0.02, n = 2: 0.5 +- 4.303 * sqrt(0.02)
     line = '| layer1.0 | 1.10 ± 0.14 (2) | 0.60 ± 0.14 (2) | +0.50 [-0.11, +1.11] |'
-    assert line in modules[1].sizes_table(run, dict(enumerate(rounds)), paper)
+    assert line in modules[1].sizes_table(dict(enumerate(rounds)), paper)
     with pytest.raises(ValueError, match='shorter'):
-        modules[1].sizes_table(run, dict(enumerate(rounds)), paper[1:])
+        modules[1].sizes_table(dict(enumerate(rounds)), paper[1:])
 
 
 def test_a_missing_marker_is_named_and_nothing_is_written(tmp_path, modules):
