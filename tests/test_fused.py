@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_weighted_skip import fused, set_fused_merge
+from timm_weighted_skip.convert import to_adaresnet, to_awm
 from timm_weighted_skip.layers import ActiveWeightedMapping, SkipWeight
 from timm_weighted_skip.models.blocks import WeightedBasicBlock
 
@@ -198,6 +199,41 @@ def test_outputs_are_the_same_to_the_bit(name, layout, taken):
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'adaresnet14_cifar'])
+def test_bfloat16_on_a_cpu_is_as_precise_as_the_plain_formula(name, layout, taken):
+    model = randomise(trained_gates(name, **NETS[name])).to(memory_format=layout).train()
+    x = torch.randn(8, 3, 32, 32).contiguous(memory_format=layout)
+
+    def step(net, x):
+        y = net(x)
+        y.square().mean().backward()
+        return {'y': y.detach(), **{key: p.grad for key, p in net.named_parameters()}}
+
+    exact = step(copy.deepcopy(model).double(), x.double())
+
+    def error(enable):
+        set_fused_merge(enable)
+        taken.clear()
+        with torch.autocast('cpu', torch.bfloat16):
+            ours = step(copy.deepcopy(model), x)
+        assert len(taken) == enable * 6
+        return torch.stack([(ours[key] - exact[key]).norm() / exact[key].norm() for key in exact])
+
+    assert error(True).mean() < 1.1 * error(False).mean()
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_bfloat16_keeps_identity_to_the_bit(layout, training, taken):
+    model = randomise(timm.create_model('resnet18', num_classes=3)).to(memory_format=layout).train(training)
+    x = torch.randn(4, 3, 64, 64).contiguous(memory_format=layout)
+    for convert in (to_awm, to_adaresnet):
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(convert(model)(x), copy.deepcopy(model)(x))
+    assert len(taken) == 16
+
+
 def saved_bytes(model, x) -> int:
     """Bytes kept for backward, each storage once, parameters aside."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -252,9 +288,9 @@ def test_blocks_fall_back_where_single_operations_are_needed(taken):
     torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), expected)
     torch.testing.assert_close(torch.jit.trace(block, x, check_trace=False)(x), expected)
     assert block(x[:0]).shape == (0, 16, 8, 8)
-    copy.deepcopy(block).bfloat16()(x.bfloat16())
+    copy.deepcopy(block).half()(x.half())
     with torch.autocast('cpu', torch.bfloat16):
-        block(x)
+        assert block(x).dtype == torch.float32  # of a branch of 16 bits and a shortcut of 32
     assert len(taken) == 2
 
     block.act2 = nn.SiLU()

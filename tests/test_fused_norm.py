@@ -24,12 +24,14 @@ def bottlenecks(monkeypatch):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('amp', [False, True])
 @pytest.mark.parametrize('n', [1, 3])
 @torch.no_grad()
-def test_a_weight_known_before_the_last_convolution_keeps_identity_to_the_bit(bottlenecks, n, layout, taken):
+def test_a_weight_known_before_the_last_convolution_keeps_identity_to_the_bit(bottlenecks, n, amp, layout, taken):
     model = bottlenecks.to(memory_format=layout)
     x = torch.randn(n, 3, 64, 96).contiguous(memory_format=layout)
-    assert torch.equal(to_awm(model)(x), model(x))
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        assert torch.equal(to_awm(model)(x), model(x))
     assert taken == ['norm_relu'] * 4
 
 
@@ -68,7 +70,7 @@ def test_the_weight_comes_after_the_last_convolution_where_that_matters(bottlene
         assert seen == [expected.shape]
         handle.remove()
     with torch.autocast('cpu', torch.bfloat16):
-        forward([])
+        torch.testing.assert_close(forward(['norm_relu']).float(), expected, rtol=0.05, atol=0.05)
     block.se = nn.Identity()
     forward(['merge_relu'])
     block.se = None
@@ -77,6 +79,16 @@ def test_the_weight_comes_after_the_last_convolution_where_that_matters(bottlene
     with torch.no_grad():
         assert block(x[:0]).shape == (0, 256, 9, 9)
     forward(['merge_relu'], training=True)
+
+
+@torch.no_grad()
+def test_under_autocast_a_shortcut_may_have_32_bits(taken):
+    block = randomise(trained_gates('awm_resnet50', layers=(2, 1, 1, 1))).layer1[1].eval()
+    x = torch.randn(2, 256, 12, 12)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = block(x)
+    assert taken == ['norm_relu']
+    torch.testing.assert_close(y, block(x), rtol=0.05, atol=0.05)  # and in the same 32 bits
 
 
 def compiled(model):

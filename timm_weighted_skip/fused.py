@@ -6,10 +6,11 @@ only `y` and `s` for the backward pass. AWM needs no `F` there: where the ReLU p
 
     y = w1 * F + w2 * s,  so  sum(g * F) = (sum(g * y) - w2 * sum(g * s)) / w1
 
-The division loses precision as `w1` goes to 0, and then `F` is kept and `y` is a new map. On a GPU it always is: the
-host would have to wait for `w1`, and in 16 bits the loss is large. The kernels of `fused_triton` do the step there;
-without Triton it takes the same operations as on a CPU. Where the norm before the merge can be part of the step, that
-of `fused_norm` is taken; the plain formula is used wherever its single operations are wanted or needed: see `can_fuse`.
+The division loses precision as `w1` goes to 0, and then `F` is kept and `y` is a new map. In 16 bits it always is, as
+the loss is large, and on a GPU, as the host would have to wait for `w1`. The kernels of `fused_triton` do the step
+there; without Triton it takes the same operations as on a CPU. Where the norm before the merge can be part of the step,
+that of `fused_norm` is taken; the plain formula is used wherever its single operations are wanted or needed: see
+`can_fuse`.
 tests/test_fused.py holds both forms equal.
 """
 
@@ -19,6 +20,7 @@ from types import ModuleType
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function, forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -28,7 +30,7 @@ __all__ = ['set_fused_merge']
 _enabled = True
 
 DTYPES = {
-    'cpu': (torch.float32, torch.float64),
+    'cpu': (torch.bfloat16, torch.float32, torch.float64),
     'cuda': (torch.float16, torch.bfloat16, torch.float32, torch.float64),
 }
 
@@ -37,6 +39,9 @@ TOLERANCE = 2e-6
 
 # Numbers of a map that are worked on at a time on a CPU, so that the steps of a pass find them in a cache.
 CHUNK = 2**19
+
+# Bytes that a loop of torch on a CPU works on at a time. A shorter row of numbers it takes one by one.
+VECTOR = 64
 
 
 def set_fused_merge(enable: bool = True) -> None:
@@ -57,9 +62,8 @@ def is_enabled() -> bool:
 def can_fuse(merge: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut: torch.Tensor) -> bool:
     """Whether `merge.merge_relu(residual, shortcut)` may stand for `act(merge(residual, shortcut))`.
 
-    It may in eager mode, for a ReLU and feature maps on a GPU, or of 32 or 64 bits on the CPU. It may not while
-    compiling, exporting or tracing, under `torch.func` and forward-mode transforms, or where a hook waits for the merge
-    or the activation.
+    It may in eager mode, for a ReLU and feature maps of `DTYPES`. It may not while compiling, exporting or tracing,
+    under `torch.func` and forward-mode transforms, or where a hook waits for the merge or the activation.
     """
     return (
         is_eager(residual, shortcut)
@@ -95,6 +99,26 @@ def is_composed(grad: torch.Tensor) -> bool:
     """Whether a backward pass from `grad` may only make new tensors: it is differentiated itself, or under vmap."""
     batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor  # neither is public
     return torch.is_grad_enabled() or any(is_batched(grad) for is_batched in batched)
+
+
+def channel_means(x: torch.Tensor) -> torch.Tensor:
+    """GAP of a feature map (N, C, H, W), (N, C)."""
+    if is_eager(x) and x.dtype == torch.bfloat16 and _is_channels_last_on_cpu(x):
+        return F.avg_pool2d(x, x.shape[2:]).flatten(1)  # torch's mean takes several times as long there
+    return x.flatten(2).mean(2)
+
+
+def add_to_channels(x: torch.Tensor, by: torch.Tensor) -> None:
+    """Add (N, C) to every pixel of (N, C, H, W), in place."""
+    if x.shape[1] * x.element_size() < VECTOR and _is_channels_last_on_cpu(x):
+        n, _, height, width = x.shape
+        x.permute(0, 2, 3, 1).view(n, height, -1).add_(by.repeat(1, width)[:, None])  # (N, H, WC) and (N, 1, WC)
+    else:
+        x.add_(by[..., None, None])
+
+
+def _is_channels_last_on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -239,8 +263,8 @@ class _Means(Function):
         ctx.link, ctx.size = link, residual.shape[2:]
         ctx.set_materialize_grads(False)
         if mean_shortcut is None:
-            mean_shortcut = shortcut.flatten(2).mean(2)
-        return torch.cat([residual.flatten(2).mean(2), mean_shortcut], dim=1), residual
+            mean_shortcut = channel_means(shortcut)
+        return torch.cat([channel_means(residual), mean_shortcut], dim=1), residual
 
     @staticmethod
     def backward(
@@ -260,9 +284,9 @@ class _Means(Function):
         w1, w2 = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         # Nobody else holds this gradient and what is made of it.
         grad_shortcut, grad_residual = grad * w2, grad.mul_(w1)
-        for grad_map, own_share in zip((grad_residual, grad_shortcut), shares):
-            if own_share is not None:
-                grad_map.add_(own_share)
+        if share is not None:
+            for grad_map, own_share in zip((grad_residual, grad_shortcut), share.chunk(2, dim=1)):
+                add_to_channels(grad_map, own_share)
         return grad_residual, grad_shortcut, None, None
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_weighted_skip.fused import is_eager, is_enabled, is_hooked, move_statistics
+from timm_weighted_skip.fused import channel_means, is_eager, is_enabled, is_hooked, move_statistics
 
 __all__ = ['can_fuse_norm', 'norm_relu']
 
@@ -54,7 +54,7 @@ def can_fuse_norm(merge: Any, conv: Any, norm: Any, act: nn.Module, x: torch.Ten
         return False
     if not torch.compiler.is_compiling():
         possible = (
-            not (norm.training or torch.is_grad_enabled() or torch.is_autocast_enabled('cpu'))
+            not (norm.training or torch.is_grad_enabled())
             and is_eager(x)
             and x.device.type == 'cpu'
             and _is_pointwise(conv)
@@ -83,12 +83,12 @@ def norm_relu(
     """`relu(w1 * F + w2 * shortcut)` of `F = norm(conv(x))` with `w = gate(concat(GAP(F), GAP(shortcut)))`."""
     if norm.training:
         return _with_batch_statistics(conv(x), shortcut, norm, gate)
-    mean = F.linear(x.flatten(2).mean(2), conv.weight.flatten(1), conv.bias)  # (N, C) of conv(x)
+    mean = F.linear(channel_means(x), conv.weight.flatten(1), conv.bias)  # (N, C) of conv(x)
     mean = F.batch_norm(mean, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-    weight = gate(torch.cat([mean, shortcut.flatten(2).mean(2)], dim=1))  # (N, 2)
+    weight = gate(torch.cat([mean, channel_means(shortcut)], dim=1))  # (N, 2)
     z = conv(x)  # (N, C, H, W)
     weight = weight.to(z.dtype)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and z.dtype == shortcut.dtype:
         return _image_by_image(z, shortcut, norm, weight)
     w1, w2 = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
     return torch.addcmul(w1 * norm(z), w2, shortcut).relu()
@@ -117,7 +117,7 @@ def _with_batch_statistics(z: torch.Tensor, shortcut: torch.Tensor, norm: Any, g
         move_statistics(norm, mu, var, z.numel() // z.shape[1])
     scale = norm.weight * (var + norm.eps).rsqrt()  # (C,)
     shift = norm.bias - mu * scale
-    features = torch.cat([(m * scale + shift).to(z.dtype), shortcut.flatten(2).mean(2)], dim=1)  # (N, 2C)
+    features = torch.cat([(m * scale + shift).to(z.dtype), channel_means(shortcut)], dim=1)  # (N, 2C)
     weight = gate(features).to(wide.dtype)  # (N, 2)
     # Expanded to (N, C), so that the gradient of w2 is summed over the same pixels as those of scale and shift.
     w1, w2 = weight[:, :, None].expand(-1, -1, z.shape[1]).unbind(1)
