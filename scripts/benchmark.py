@@ -257,24 +257,24 @@ def table(rows: list[Row]) -> str:
 
 
 def readme_table(files: list[Path]) -> str:
-    """What runs with `--json` measured, in short: per device a table of the nets that are not plain by kind of run.
+    """What runs with `--json` measured, in short: a table per device and precision, by kind of run, without plain nets.
 
     Raises:
         OSError, ValueError: A file can't be read, or is none of `--json`.
     """
-    of_device: dict[str, list[tuple[dict, dict[str, dict]]]] = {}
+    of_device: dict[tuple[str, str], list[tuple[dict, dict[str, dict]]]] = {}
     for file in files:
         try:
             run = json.loads(file.read_text(encoding='utf-8'))
             setting, rows = run['setting'], {row['model']: row for row in run['rows']}
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f'{file} is not a file that --json wrote') from error
-        of_device.setdefault(setting['device'], []).append((setting, rows))
+        of_device.setdefault((setting['device'], setting['amp']), []).append((setting, rows))
     return '\n\n'.join(map(device_table, of_device.values()))
 
 
 def device_table(runs: list[tuple[dict, dict[str, dict]]]) -> str:
-    """The table of one device from the settings of its runs and their rows by model."""
+    """The table of one device and precision from the settings of its runs and their rows by model."""
     columns: dict[str, dict[str, str]] = {}
     settings: set[str] = set()
     for setting, rows in runs:

@@ -96,12 +96,23 @@ def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
         [('resnet18', [1, 1, 1], 0.0), ('awm_resnet18', [1, 1.1, 1.2], 0.0)],
         **dict(mode='eval', device='A GPU', batch_size='256', amp='True', channels_last='False'),
     )
-    assert benchmark('--readme', infer, train, gpu) == 0
+    amp = write(
+        'amp.json',
+        [('resnet18', [1, 1, 1], 0.0), ('awm_resnet18', [1.2, 1.25, 1.3], 0.0)],
+        **dict(mode='eval', amp='True', channels_last='False'),
+    )
+    assert benchmark('--readme', infer, amp, train, gpu) == 0
     assert capsys.readouterr().out.splitlines() == [
         '| model | eval | train, channels last | saved, channels last |',
         '| --- | ---: | ---: | ---: |',
         '| awm_resnet18 | 1.000 [0.900, 1.100] | 1.020 [1.010, 1.030] | 1.050 |',
         '| adaresnet18 | 1.000 [0.900, 1.000] | - | - |',
+        '',
+        'Measured on: cpu, 1 thread, 21 rounds, torch 2.9, timm 1.0.',
+        '',
+        '| model | eval, amp |',
+        '| --- | ---: |',
+        '| awm_resnet18 | 1.250 [1.200, 1.300] |',
         '',
         'Measured on: cpu, 1 thread, 21 rounds, torch 2.9, timm 1.0.',
         '',
