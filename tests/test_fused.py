@@ -199,6 +199,18 @@ def test_outputs_are_the_same_to_the_bit(name, layout, taken):
     assert torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize('shape', [(3, 20, 5, 6), (2, 1, 5, 6), (2, 20, 1, 1)], ids=str)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_channel_means(dtype, layout, shape):
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    means = fused.channel_means(x)
+    torch.testing.assert_close(means, x.double().mean((2, 3)).to(dtype))
+    g = torch.randn_like(means)
+    (grad,) = torch.autograd.grad(means, x, g)
+    torch.testing.assert_close(grad, (g / x[0, 0].numel())[..., None, None].expand_as(x))
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'adaresnet14_cifar'])
 def test_bfloat16_on_a_cpu_is_as_precise_as_the_plain_formula(name, layout, taken):

@@ -280,7 +280,8 @@ class ActiveWeightedConcat(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
             return x
-        weight = self.gate(x.flatten(2).mean(2)).to(x.dtype)  # (N, K)
+        z = x.flatten(2).mean(2) if torch.jit.is_scripting() else fused.channel_means(x)  # (N, C)
+        weight = self.gate(z).to(x.dtype)  # (N, K)
         per_channel: List[torch.Tensor] = []  # noqa: UP006
         for k, width in enumerate(self.widths):
             per_channel.append(weight.narrow(1, k, 1).expand(-1, width))
