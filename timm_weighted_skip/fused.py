@@ -108,7 +108,7 @@ def channel_means(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).mean(2)
 
 
-def add_to_channels(x: torch.Tensor, by: torch.Tensor) -> None:
+def _add_to_channels(x: torch.Tensor, by: torch.Tensor) -> None:
     """Add (N, C) to every pixel of (N, C, H, W), in place."""
     if x.shape[1] * x.element_size() < VECTOR and _is_channels_last_on_cpu(x):
         n, _, height, width = x.shape
@@ -286,7 +286,7 @@ class _Means(Function):
         grad_shortcut, grad_residual = grad * w2, grad.mul_(w1)
         if share is not None:
             for grad_map, own_share in zip((grad_residual, grad_shortcut), share.chunk(2, dim=1)):
-                add_to_channels(grad_map, own_share)
+                _add_to_channels(grad_map, own_share)
         return grad_residual, grad_shortcut, None, None
 
 
