@@ -146,7 +146,13 @@ def test_compiled_bottlenecks_know_their_weight_before_the_last_convolution():
     assert calls.count('linear') == others.count('linear') + 4  # of the pooled maps
 
 
-def test_compiled_training_in_bfloat16_is_as_precise_as_the_plain_formula():
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Compiled training takes the norm and the merge as one in 16 bits, too."""
+    monkeypatch.setattr(fused_norm, '_is_16_bits_on_cpu', lambda x: False)
+
+
+def test_compiled_training_in_bfloat16_is_as_precise_as_the_plain_formula(as_on_a_gpu):
     model = nets('awm_resnet14_cifar').train()
     x = torch.randn(8, 3, 32, 32)
     exact = train_step(copy.deepcopy(model).double(), x.double())
@@ -154,7 +160,9 @@ def test_compiled_training_in_bfloat16_is_as_precise_as_the_plain_formula():
     def error(enable):
         set_fused_merge(enable)
         with torch.autocast('cpu', torch.bfloat16):
-            step = train_step(compiled(model)[0], x)
+            ours, calls = compiled(model)
+            step = train_step(ours, x)
+        assert calls.count('var_mean') == 6 * enable
         keys = [key for key, value in exact.items() if value.is_floating_point() and value.any()]
         return torch.stack([(step[key] - exact[key]).norm() / exact[key].norm() for key in keys])
 
@@ -181,6 +189,8 @@ def test_compiled_training_falls_back_where_single_operations_are_needed():
         return lambda: (getattr(block, name), setattr(block, name, module))[0], lambda old: setattr(block, name, old)
 
     assert moments(lambda: None, lambda handle: None) == 1
+    with torch.autocast('cpu', torch.bfloat16):
+        assert moments(lambda: None, lambda handle: None) == 0
     for module in (block.merge, block.bn2, block.act2, block.conv2):
         assert moments(*seen(module)) == 0
         # Another forward than its class's.
@@ -219,12 +229,14 @@ def test_compiled_training_keeps_frozen_statistics():
 
 
 @pytest.mark.parametrize('norms', [torch.bfloat16, torch.float32])
-def test_a_bfloat16_net_trains_compiled(norms):
+def test_a_bfloat16_net_trains_compiled(norms, as_on_a_gpu):
     block = nets('awm_resnet14_cifar').layer1[0].train().bfloat16()
     for norm in (block.bn1, block.bn2):
         norm.to(norms)
     x = torch.randn(8, 16, 8, 8).bfloat16()
-    y = compiled(block)[0](x)
+    ours, calls = compiled(block)
+    y = ours(x)
     assert y.dtype == torch.bfloat16
+    assert 'var_mean' in calls
     set_fused_merge(False)
     torch.testing.assert_close(y, block(x), rtol=0.05, atol=0.05)
