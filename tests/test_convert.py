@@ -122,6 +122,14 @@ def test_a_pruned_densenet_is_converted_too():
         torch.testing.assert_close(features, net.forward_intermediates(x, indices=[1], intermediates_only=True))
 
 
+def test_a_densenet_of_16_bits_may_have_norms_of_32(images):
+    plain = randomise(timm.create_model('densenet121', block_config=(2, 2), num_classes=3)).eval().bfloat16()
+    for norm in plain.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.float()
+    assert torch.equal(to_awm(plain)(images.bfloat16()), plain(images.bfloat16()))
+
+
 def test_a_converted_net_trains(images):
     net = to_awm(timm.create_model('resnet18', num_classes=3), hidden=4)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -6,10 +6,10 @@ only `y` and `s` for the backward pass. AWM needs no `F` there: where the ReLU p
 
     y = w1 * F + w2 * s,  so  sum(g * F) = (sum(g * y) - w2 * sum(g * s)) / w1
 
-The division loses precision as `w1` goes to 0, and then `F` is kept and `y` is a new map. In 16 bits it always is, as
-the loss is large, and on a GPU, as the host would have to wait for `w1`. The kernels of `fused_triton` do the step
-there; without Triton it takes the same operations as on a CPU. Where the norm before the merge can be part of the step,
-that of `fused_norm` is taken; the plain formula is used wherever its single operations are wanted or needed: see
+The division loses precision as `w1` goes to 0, and then `F` is kept and `y` is a new map. In 16 bits, which lose much,
+it nearly always is, and on a GPU always, as the host would have to wait for `w1`. The kernels of `fused_triton` do the
+step there; without Triton it takes the same operations as on a CPU. Where the norm before the merge can be part of the
+step, that of `fused_norm` is taken; the plain formula is used wherever its single operations are wanted or needed: see
 `can_fuse`.
 tests/test_fused.py holds both forms equal.
 """

@@ -42,7 +42,7 @@ Moments = tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
 
 def can_buffer(x: torch.Tensor) -> bool:
     """Whether a dense block may keep its maps as this file does: on a CPU, whose cache the steps are made for."""
-    # A proxy of FX has no device to compare. In 16 bits the moments would be too coarse for a norm's statistics.
+    # A proxy of FX has no device to compare. In bfloat16 the moments would be too coarse for a norm's statistics.
     return is_eager(x) and x.device.type == 'cpu' and x.dtype != torch.bfloat16
 
 

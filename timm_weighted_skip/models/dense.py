@@ -93,7 +93,8 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
             setattr(model.features, name, transition)
         elif name == 'norm5':
             del model.features.norm5
-            model.features.add_module('merge5', merge(widths, module.weight))
+            # Like a convolution: norms may be of 32 bits in a net of 16.
+            model.features.add_module('merge5', merge(widths, layers[-1].conv2.weight))
             model.features.add_module(name, module)
 
 
