@@ -74,13 +74,18 @@ def test_output_and_all_gradients_are_the_plain_formulas(name, layouts, chunk, m
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize('log_lam1', [-1.0, -2.5, -4.0, -14.0, -21.0, -32.0, -1e4])
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
-def test_weights_near_zero_lose_no_gradient(log_lam1, dtype):
+def leaning(log_lam1, dtype) -> ActiveWeightedMapping:
+    """A gate that gives the branch of maps around one a weight of about `exp(log_lam1)` beside the shortcut's."""
     merge = mapping()
     nn.init.constant_(merge.gate.fc1.weight, 1 / 8)  # of maps around one it makes hidden features around one
     merge.gate.fc2.weight.data = torch.tensor([[log_lam1], [30.0]]).double().expand(2, 3) / 3
-    merge.to(dtype)
+    return merge.to(dtype)
+
+
+@pytest.mark.parametrize('log_lam1', [-1.0, -2.5, -4.0, -14.0, -21.0, -32.0, -1e4])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_weights_near_zero_lose_no_gradient(log_lam1, dtype):
+    merge = leaning(log_lam1, dtype)
     inputs = [(1 + 0.1 * torch.randn(2, 4, 5, 6, dtype=dtype)).requires_grad_() for _ in range(2)]
     g = torch.randn(2, 4, 5, 6, dtype=dtype)
     exact = gradients(plain, copy.deepcopy(merge).double(), [x.double() for x in inputs], g.double())
@@ -90,10 +95,7 @@ def test_weights_near_zero_lose_no_gradient(log_lam1, dtype):
 
 @pytest.mark.parametrize('log_lam1', [-1.0, -2.5, -4.0, -14.0])
 def test_weights_near_zero_lose_no_more_in_bfloat16_than_by_the_plain_formula(log_lam1):
-    merge = mapping()
-    nn.init.constant_(merge.gate.fc1.weight, 1 / 8)
-    merge.gate.fc2.weight.data = torch.tensor([[log_lam1], [30.0]]).double().expand(2, 3) / 3
-    merge.bfloat16()
+    merge = leaning(log_lam1, torch.bfloat16)
     inputs = [(1 + 0.1 * torch.randn(2, 4, 5, 6)).bfloat16().requires_grad_() for _ in range(2)]
     g = torch.randn(2, 4, 5, 6).bfloat16()
     for ours, theirs in zip(gradients(single, merge, inputs, g), gradients(plain, merge, inputs, g)):
@@ -101,10 +103,7 @@ def test_weights_near_zero_lose_no_more_in_bfloat16_than_by_the_plain_formula(lo
 
 
 def test_weights_near_zero_of_one_image_lose_no_gradient():
-    merge = mapping()
-    nn.init.constant_(merge.gate.fc1.weight, 1 / 8)
-    merge.gate.fc2.weight.data = torch.tensor([[-200.0], [30.0]]).double().expand(2, 3) / 3  # lam1 is 0
-    merge.float()
+    merge = leaning(-200.0, torch.float32)  # lam1 is 0
     size = torch.tensor([1e-3, 1.0])[:, None, None, None]  # of the first image both weigh about the same
     inputs = [(size * (1 + 0.1 * torch.randn(2, 4, 5, 6))).requires_grad_() for _ in range(2)]
     g = torch.randn(2, 4, 5, 6)

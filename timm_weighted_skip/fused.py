@@ -103,8 +103,9 @@ def is_composed(grad: torch.Tensor) -> bool:
 
 def channel_means(x: torch.Tensor) -> torch.Tensor:
     """GAP of a feature map (N, C, H, W), (N, C)."""
-    if is_eager(x) and x.dtype == torch.bfloat16 and _is_channels_last_on_cpu(x):
-        return F.avg_pool2d(x, x.shape[2:]).flatten(1)  # torch's mean takes several times as long there
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+        if is_eager(x) and x.dtype == torch.bfloat16 and _is_channels_last_on_cpu(x):
+            return F.avg_pool2d(x, x.shape[2:]).flatten(1)  # torch's mean takes several times as long there
     return x.flatten(2).mean(2)
 
 
@@ -274,13 +275,12 @@ class _Means(Function):
         share = None if grad_z is None else grad_z / ctx.size.numel()  # (N, 2C), for every pixel
         if write is not None and grad is not None:
             return *write(grad, share=share), None, None
-        shares: tuple[Optional[torch.Tensor], ...] = (None, None)
-        if share is not None:
-            shares = share.view(len(share), 2, -1, 1, 1).expand(-1, -1, -1, *ctx.size).unbind(1)  # (N, C, H, W)
-        if grad is None:  # of a loss on the weights alone
-            return *shares, None, None
-        if weight is None:  # `_MappingReLU` has made the maps' gradients
-            return grad if shares[0] is None else grad + shares[0], shares[1], None, None
+        if grad is None or weight is None:  # of a loss on the weights alone, or `_MappingReLU` has made the maps' own
+            if share is None:
+                return grad, None, None, None
+            of_maps = share.view(len(share), 2, -1, 1, 1).expand(-1, -1, -1, *ctx.size)
+            to_residual, to_shortcut = of_maps.unbind(1)  # (N, C, H, W)
+            return to_residual if grad is None else grad + to_residual, to_shortcut, None, None
         w1, w2 = weight[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         # Nobody else holds this gradient and what is made of it.
         grad_shortcut, grad_residual = grad * w2, grad.mul_(w1)

@@ -228,7 +228,7 @@ class ActiveWeightedMapping(nn.Module):
     def forward(self, residual: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
             return residual + shortcut
-        z = torch.cat([residual.flatten(2).mean(2), shortcut.flatten(2).mean(2)], dim=1)  # (N, 2C)
+        z = torch.cat([fused.channel_means(residual), fused.channel_means(shortcut)], dim=1)  # (N, 2C)
         w1, w2 = self.gate(z).to(residual.dtype)[..., None, None, None].unbind(1)  # (N, 1, 1, 1)
         return torch.addcmul(w1 * residual, w2, shortcut)  # (N, C, H, W)
 
@@ -280,8 +280,7 @@ class ActiveWeightedConcat(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
             return x
-        z = x.flatten(2).mean(2) if torch.jit.is_scripting() else fused.channel_means(x)  # (N, C)
-        weight = self.gate(z).to(x.dtype)  # (N, K)
+        weight = self.gate(fused.channel_means(x)).to(x.dtype)  # (N, K)
         per_channel: List[torch.Tensor] = []  # noqa: UP006
         for k, width in enumerate(self.widths):
             per_channel.append(weight.narrow(1, k, 1).expand(-1, width))
