@@ -57,6 +57,13 @@ def spread(values: Sequence[float]) -> str:
     return f'{mean} ± {statistics.stdev(values):.2f} ({len(values)})' if len(values) > 1 else f'{mean} (1)'
 
 
+def device_of(machine: dict[str, Any]) -> str:
+    """What a run was trained on, and in which precision."""
+    threads = f'{machine["threads"]} thread{"s" if machine["threads"] > 1 else ""}'
+    precision = 'bfloat16' if machine['amp'] else 'float32'
+    return f'{machine["device"]}, {threads}, {precision}, torch {machine["versions"]["torch"]}'
+
+
 def reported(accuracy: Optional[float]) -> str:
     """A paper's figure, if it has one."""
     return '-' if accuracy is None else f'{accuracy:.2f}'
@@ -257,8 +264,7 @@ class Report:
             if result is None:
                 continue
             machines = (*result.get('earlier', ()), result)  # some may differ in what is not told here
-            devices = [f'{m["device"]}, {m["threads"]} threads, torch {m["versions"]["torch"]}' for m in machines]
-            where = '; then '.join(dict.fromkeys(devices))
+            where = '; then '.join(dict.fromkeys(map(device_of, machines)))
             commit = ' then '.join(dict.fromkeys(str(m['commit'])[:9] for m in machines))
             speed = '-' if result['images_per_second'] is None else f'{result["images_per_second"]:.0f}'
             rows.append([job.name, f'{result["wall_time"] / 60:.1f}', speed, where, commit])

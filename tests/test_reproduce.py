@@ -374,15 +374,14 @@ def test_the_report_tells_what_a_run_was_trained_on_in_turn(modules, monkeypatch
     manifest = modules[0].read_manifest(SCRIPTS / 'reproduce' / 'manifest.yaml')
     first = next(manifest.jobs())
     result = manifest.result(first)
-    machine = {name: result[name] for name in ('threads', 'versions')}
-    on_gpu = {**machine, 'device': 'a GPU', 'commit': 'a' * 40}
+    on_gpu = {'device': 'a GPU', 'threads': 16, 'amp': True, 'versions': {'torch': '2'}, 'commit': 'a' * 40}
     updated = {**on_gpu, 'commit': 'b' * 40}
-    on_cpu = {**result, **machine, 'device': 'a CPU', 'commit': 'b' * 40, 'earlier': [on_gpu, updated]}
+    on_cpu = {**updated, 'device': 'a CPU', 'threads': 1, 'amp': False}
+    result = {**result, **on_cpu, 'earlier': [on_gpu, updated]}
     monkeypatch.setattr(modules[0].Manifest, 'jobs', lambda self: [first])
-    monkeypatch.setattr(modules[0].Manifest, 'result', lambda self, job: on_cpu)
-    how = f'{machine["threads"]} threads, torch {machine["versions"]["torch"]}'
-    text = modules[1].Report(manifest).runs()
-    assert f'| a GPU, {how}; then a CPU, {how} | {"a" * 9} then {"b" * 9} |' in text
+    monkeypatch.setattr(modules[0].Manifest, 'result', lambda self, job: result)
+    where = 'a GPU, 16 threads, bfloat16, torch 2; then a CPU, 1 thread, float32, torch 2'
+    assert f'| {where} | {"a" * 9} then {"b" * 9} |' in modules[1].Report(manifest).runs()
 
 
 def test_checkpoints_of_the_manifest_are_registered(modules):
