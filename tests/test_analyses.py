@@ -159,8 +159,10 @@ def test_discriminate_refuses_what_tells_nothing():
     good = collected(weights, labels)
     with pytest.raises(ValueError, match='same weights: the gates have not been trained'):
         discriminate(collected(np.full((40, 3), 0.5), labels), good)
-    with pytest.raises(ValueError, match='1 others in the test images'):
+    with pytest.raises(ValueError, match='no training image is of class 9, and a test image is'):
         discriminate(good, collected(weights, np.where(labels == 0, 9, labels)))
+    with pytest.raises(ValueError, match='all training images are of one class'):
+        discriminate(collected(weights, 0 * labels), good)
     with pytest.raises(ValueError, match='max_rank=0'):
         discriminate(good, good, max_rank=0)
 

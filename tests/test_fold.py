@@ -105,6 +105,7 @@ def test_not_a_number_is_no_weight_to_fold():
     ('name', 'args', 'why'),
     [
         ('awm_resnet14_cifar', {}, 'no weights to fold'),
+        ('resnet14_cifar', {}, 'no weights to fold'),
         ('adaresnet14_cifar', {'act_layer': 'silu'}, 'not homogeneous'),
         ('adaresnet18', {'block_args': {'attn_layer': 'se'}}, 'SEModule, whose output does not scale'),
     ],

@@ -207,8 +207,12 @@ def test_a_license_is_that_of_net_or_results_and_never_ours(tmp_path):
     assert json.loads((folder / 'config.json').read_text())['pretrained_cfg']['license'] == 'cc-by-nc-4.0'
 
 
-def test_snippets_of_the_card_run(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_snippets_of_the_card_run(tmp_path, monkeypatch, channels):
     monkeypatch.chdir(tmp_path)
+    pixels = dict(input_size=(channels, 32, 32), mean=(0.5,) * channels, std=(0.25,) * channels)
+    net = trained_net(in_chans=channels, pretrained_cfg_overlay=pixels)
+    folder = save_checkpoint(net, tmp_path / NAME, results())
     Image.effect_noise((40, 40), 50).save('image.jpg')
     snippets = re.findall(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)
     assert len(snippets) == 3
@@ -217,6 +221,7 @@ def test_snippets_of_the_card_run(folder, tmp_path, monkeypatch):
         # The repository is not published here; test_publish.py loads from one.
         session: dict = {}
         exec(snippet.replace(f'hf-hub:timm-weighted-skip/{NAME}', f'local-dir:{folder}'), session)
+        assert session.get('logits', torch.empty(1, 10)).shape == (1, 10)
     assert session['embedding'].shape == (1, 64)
 
 

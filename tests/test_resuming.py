@@ -77,7 +77,8 @@ def stopped_run(tmp_path, monkeypatch):
     return tmp_path / 'run'
 
 
-def test_ctrl_c_while_testing_keeps_the_epoch(stopped_run):
+def test_ctrl_c_while_testing_keeps_the_epoch(capfd, stopped_run):
+    assert '\nstopping once this step is done and saved; a second signal stops at once\n' in capfd.readouterr().err
     assert checkpoints.read_checkpoint(stopped_run, [''])[1]['epoch'] == 1
     assert len((stopped_run / 'log.jsonl').read_text().splitlines()) == 1
 

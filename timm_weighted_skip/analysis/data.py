@@ -132,7 +132,7 @@ def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[I
     cfg: Any = getattr(model, 'pretrained_cfg', {})
     channels = input_channels(model)
     if channels not in (1, 3):
-        raise ValueError(f'the net takes images of {channels} channels; 1 and 3 can be read')
+        raise ValueError(f'the net takes images of {channels} channels; give one of 1 or 3, as pictures have')
     given = {name: value for name, value in data_args.items() if value is not None}
     given.setdefault('input_size', (channels, *cfg['input_size'][1:]))
     if given['input_size'][0] != channels:

@@ -90,8 +90,10 @@ def discriminate(
         )
     classes = np.unique(train.labels)
     unseen = np.setdiff1d(test.labels, classes)
-    if len(unseen) or len(classes) < 2:
-        raise ValueError(f'{len(classes)} classes in the training images, and {len(unseen)} others in the test images')
+    if len(classes) < 2:
+        raise ValueError('all training images are of one class; give images of two or more')
+    if len(unseen):
+        raise ValueError(f'no training image is of class {unseen[0]}, and a test image is; give training images of it')
     rng = np.random.default_rng(seed)
     top = min(max_rank, len(classes))
     hits: dict[str, np.ndarray] = {}

@@ -49,7 +49,8 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
             weights leaves the range of the net's precision.
     """
     model = unwrap_model(model)
-    if not isinstance(model, ResNet) or not any(isinstance(module, SkipWeight) for module in model.modules()):
+    merges = [module for module in model.modules() if isinstance(module, SkipWeight)]
+    if not isinstance(model, ResNet) or all(merge.weight is None for merge in merges):
         raise ValueError(f'{type(model).__name__} has no weights to fold; nets that have are called adaresnet*')
     net = copy.deepcopy(model)
     blocks = [block for name, stage in net.named_children() if name.startswith('layer') for block in stage]

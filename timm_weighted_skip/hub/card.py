@@ -48,6 +48,19 @@ transform = timm.data.create_transform(**config, is_training=False)
 logits = model(transform(image).unsqueeze(0))  # (1, {num_classes})
 top_probabilities, top_classes = logits.softmax(dim=1).topk({topk})"""
 
+CLASSIFY_PIXELS = """import timm_weighted_skip  # registers the architecture
+import timm
+import torch
+
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+
+config = timm.data.resolve_model_data_config(model)
+mean, std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
+
+pixels = torch.rand({shape})  # from 0 to 1
+logits = model((pixels - mean) / std)  # (1, {num_classes})
+top_probabilities, top_classes = logits.softmax(dim=1).topk({topk})"""
+
 FEATURES = """import timm_weighted_skip  # registers the architecture
 import timm
 import torch
@@ -140,9 +153,10 @@ def model_card(folder: Path, repo_id: str) -> str:
         'awm': 'A net with Active Weighted Mapping: paths are merged with weights that are inferred from each image',
     }
     family = '' if plain else architecture[:3]
+    mode = {1: 'L', 3: 'RGB'}.get(shape[1])  # PIL's, of which other numbers of channels have none
     fill = dict(
         repo_id=repo_id,
-        mode='L' if cfg['input_size'][0] == 1 else 'RGB',
+        mode=mode,
         num_classes=config['num_classes'],
         topk=min(5, config['num_classes']),
         shape=', '.join(map(str, shape)),
@@ -169,7 +183,7 @@ def model_card(folder: Path, repo_id: str) -> str:
             else '\n- **Training:** not recorded'
         )
         + '\n',
-        '## Model Usage\n### Image Classification\n' + _block(CLASSIFY.format(**fill)),
+        '## Model Usage\n### Image Classification\n' + _block((CLASSIFY if mode else CLASSIFY_PIXELS).format(**fill)),
         '### Feature Map Extraction\n' + _block(FEATURES.format(**fill)),
         '### Image Embeddings\n' + _block(EMBED.format(**fill)),
         '## Model Comparison\n'

@@ -289,9 +289,10 @@ def load_recipe(recipe: Optional[str] = None, **overrides: Any) -> Recipe:
     known = [option.name for option in fields(Recipe)]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 3) or known
+            near = difflib.get_close_matches(str(name), known, 3)
+            names = f' (near names are {", ".join(near)})' if near else ''
             raise ValueError(
-                f'recipe {recipe}: {name!r} is no argument of this trainer (of its names are near: {", ".join(near)}); '
+                f'recipe {recipe}: {name!r} is no argument of this trainer{names}; '
                 "a recipe for timm's train.py runs with: python -m timm_weighted_skip.train -c FILE"
             )
     return Recipe(**{**values, **overrides})

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Optional
 
+import timm
 from timm.models import parse_model_name
 
 from timm_weighted_skip.nets import ARGS
@@ -59,6 +60,11 @@ def task_of(args: argparse.Namespace) -> tuple[Task, list[int], Path]:
         raise ValueError(f'--seeds has {", ".join(map(str, repeated))} more than once; give each seed once')
     # The run may go on from elsewhere.
     data_dir = args.data_dir and str(Path(args.data_dir).absolute())
+    if Path(args.model).is_dir() and not timm.is_model(args.model):
+        raise ValueError(
+            f'--model {args.model} is a folder; give local-dir:{args.model} if it is that of a checkpoint, which '
+            '`weighted-skip save` makes of a run'
+        )
     where, model = parse_model_name(args.model)
     source = f'{where}:{Path(model).absolute()}' if where == 'local-dir' else args.model
     task = Task(source, args.data, data_dir, args.download, args.pretrained, args.device, args.recipe, recipe)

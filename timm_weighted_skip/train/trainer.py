@@ -109,7 +109,7 @@ def _keep_memory() -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within, SIGINT and SIGTERM only set what the yielded function tells; a second one is as usual."""
+    """Within, SIGINT and SIGTERM only set what the yielded function tells, and say so; a second one is as usual."""
     stopped = []
     previous: dict[signal.Signals, Any] = {}
 
@@ -117,6 +117,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         stopped.append(number)
         for each, handler in previous.items():
             signal.signal(each, handler)
+        with suppress(OSError):  # not by `print`, which the signal may have interrupted
+            os.write(2, b'\nstopping once this step is done and saved; a second signal stops at once\n')
 
     with suppress(ValueError):  # not in the main thread: no handlers
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -214,6 +216,7 @@ class Trainer:
             except RuntimeError as error:
                 raise ValueError(f'torchcompile_mode={mode!r}: {error}') from None
         self.position = Position()
+        self.freezing(self.net, 0)  # which refuses a net that can't be trained so
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         recipe = self.recipe
