@@ -20,6 +20,7 @@ from timm_weighted_skip.cli import build_parser, main
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.models.pretrained import checkpoint_root
 from timm_weighted_skip.train import checkpoint as checkpoints
+from timm_weighted_skip.train.evaluate import evaluate
 from timm_weighted_skip.train.recipe import Recipe, list_recipes, load_recipe
 from timm_weighted_skip.train.runs import run_seeds
 from timm_weighted_skip.train.task import Task, command_of, task_of
@@ -93,6 +94,14 @@ def test_learns_what_can_be_learnt():
     while trainer.position.epoch < trainer.epochs:
         trainer.train_epoch()
     assert trainer.evaluate()['top1'] > 90  # the labels' brightness tells them apart
+
+
+def test_a_net_trained_in_16_bits_is_measured_in_its_own_32():
+    trainer = make_trainer(amp=True)
+    trainer.train_epoch()
+    own, rounded = (evaluate(trainer.net, trainer.test_batches, amp) for amp in (False, True))
+    assert trainer.evaluate() == own
+    assert own['loss'] != rounded['loss']
 
 
 def test_no_gate_shuts_before_its_branch_has_learned():

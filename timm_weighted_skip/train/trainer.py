@@ -364,5 +364,5 @@ class Trainer:
         return [p for p in self.net.parameters() if p.grad is not None and p not in head]
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracies of `eval_net` on the test images."""
-        return evaluate(self.ema.module if self.ema else self.model, self.test_batches, self.amp, self.eval_net)
+        """Loss and accuracies of `eval_net` on the test images, in the precision of its weights."""
+        return evaluate(self.ema.module if self.ema else self.model, self.test_batches, net=self.eval_net)
