@@ -265,6 +265,7 @@ def test_a_mode_asks_for_compiling():
     ('more', 'message'),
     [
         (['--alternate-freeze', '-1'], 'alternate_freeze=-1'),
+        (['--model', 'resnet14_cifar'], 'no gates'),
         (['--model', 'resnet14_cifar', '--epochs', '1', '--alternate-freeze', '1'], 'no gates'),
         (['--model', os.path.dirname(__file__)], 'is a folder; give local-dir:'),
         (['--model', 'awm_resnet15_cifar'], 'awm_resnet15_cifar'),
@@ -275,6 +276,7 @@ def test_a_mode_asks_for_compiling():
         (['--opt', 'adahessian'], "optimizer 'adahessian': it takes second derivatives"),
         (['--sched', 'sawtooth'], 'sawtooth'),
         (['--recipe', 'awm_cifra'], 'awm_cifar'),
+        (['--recipe', 'awm_imagenet'], 'timm_weighted_skip.train -c'),
         (['--recipe', 'awm_imagenet'], 'is no argument of this trainer; a recipe for'),
         (['--batch-size', '2000'], 'smaller --batch-size'),
         (['--data', 'cifar10'], '--data-dir'),
