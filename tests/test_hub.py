@@ -19,6 +19,7 @@ from PIL import Image
 from timm_weighted_skip.convert import to_awm
 from timm_weighted_skip.hub import Results, save_checkpoint, update_results, validate_checkpoint
 from timm_weighted_skip.hub.card import model_card
+from timm_weighted_skip.hub.config import model_config
 from timm_weighted_skip.models.pretrained import HUB_OWNER, staged_cfgs
 
 IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -223,6 +224,11 @@ def test_snippets_of_the_card_run(tmp_path, monkeypatch, channels):
         exec(snippet.replace(f'hf-hub:timm-weighted-skip/{NAME}', f'local-dir:{folder}'), session)
     assert sessions[0]['logits'].shape == (1, 10)
     assert sessions[2]['embedding'].shape == (1, 64)
+
+
+@pytest.mark.parametrize(('channels', 'named'), [(1, True), (3, True), (4, False)])
+def test_the_config_names_no_first_convolution_that_some_timm_would_draw_anew(channels, named):
+    assert ('first_conv' in model_config(trained_net(in_chans=channels))['pretrained_cfg']) is named
 
 
 def test_the_card_tells_the_width_of_the_embedding(tmp_path):

@@ -183,6 +183,8 @@ def model_config(
     for name in ('mean', 'std'):
         if len(cfg[name]) != in_chans:
             cfg[name] = (statistics.fmean(cfg[name]),) * in_chans
+    if in_chans not in (1, 3):
+        cfg.pop('first_conv', None)  # timm before 1.0.31 would take it for one of 3 channels and draw it anew
     cfg.pop('tag', None)
     config: dict[str, Any] = {
         'architecture': architecture,
