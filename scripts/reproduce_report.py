@@ -64,6 +64,11 @@ def device_of(machine: dict[str, Any]) -> str:
     return f'{machine["device"]}, {threads}, {precision}, torch {machine["versions"]["torch"]}'
 
 
+def short_commit(commit: Optional[str]) -> str:
+    """What `package_commit` told, with its mark of a changed checkout."""
+    return '-' if commit is None else commit[:9] + '+' * commit.endswith('+')
+
+
 def reported(accuracy: Optional[float]) -> str:
     """A paper's figure, if it has one."""
     return '-' if accuracy is None else f'{accuracy:.2f}'
@@ -265,11 +270,12 @@ class Report:
                 continue
             machines = (*result.get('earlier', ()), result)  # some may differ in what is not told here
             where = '; then '.join(dict.fromkeys(map(device_of, machines)))
-            commit = ' then '.join(dict.fromkeys(str(m['commit'])[:9] for m in machines))
+            commit = ' then '.join(dict.fromkeys(short_commit(m['commit']) for m in machines))
             speed = '-' if result['images_per_second'] is None else f'{result["images_per_second"]:.0f}'
             rows.append([job.name, f'{result["wall_time"] / 60:.1f}', speed, where, commit])
         finished = f'{len(rows)} of {len(jobs)} runs of the manifest are finished; the tables above tell which.'
-        return f'{finished}\n\n{markdown(["run", "minutes", "images/s", "device", "commit"], rows)}'
+        marked = 'After a commit, `+` tells of changes that were not committed.'
+        return f'{finished} {marked}\n\n{markdown(["run", "minutes", "images/s", "device", "commit"], rows)}'
 
     def summary(self) -> str:
         """For the README: every finished comparison in a line, an experiment's title in its first."""

@@ -375,13 +375,13 @@ def test_the_report_tells_what_a_run_was_trained_on_in_turn(modules, monkeypatch
     first = next(manifest.jobs())
     result = manifest.result(first)
     on_gpu = {'device': 'a GPU', 'threads': 16, 'amp': True, 'versions': {'torch': '2'}, 'commit': 'a' * 40}
-    updated = {**on_gpu, 'commit': 'b' * 40}
+    updated = {**on_gpu, 'commit': 'b' * 40 + '+'}
     on_cpu = {**updated, 'device': 'a CPU', 'threads': 1, 'amp': False}
     result = {**result, **on_cpu, 'earlier': [on_gpu, updated]}
     monkeypatch.setattr(modules[0].Manifest, 'jobs', lambda self: [first])
     monkeypatch.setattr(modules[0].Manifest, 'result', lambda self, job: result)
     where = 'a GPU, 16 threads, bfloat16, torch 2; then a CPU, 1 thread, float32, torch 2'
-    assert f'| {where} | {"a" * 9} then {"b" * 9} |' in modules[1].Report(manifest).runs()
+    assert f'| {where} | {"a" * 9} then {"b" * 9}+ |' in modules[1].Report(manifest).runs()
 
 
 def test_checkpoints_of_the_manifest_are_registered(modules):
