@@ -8,8 +8,9 @@ import torch
 from conftest import randomise
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
-from timm.models.densenet import DenseNet
+from timm.models.densenet import DenseLayer, DenseNet, DenseTransition
 from timm.models.resnet import ResNet
+from torch import nn
 
 import timm_weighted_skip
 from timm_weighted_skip.cli import main
@@ -186,6 +187,58 @@ def test_what_has_no_weighted_form_is_refused(name, convert, why):
         convert(timm.create_model(name))
 
 
+class OwnLayer(DenseLayer):
+    pass
+
+
+class OwnTransition(DenseTransition):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('name', 'cls', 'why'),
+    [
+        ('denseblock2.denselayer2', OwnLayer, 'is a OwnLayer'),
+        ('transition1', OwnTransition, 'is a OwnTransition'),
+        ('denseblock1.denselayer1', None, 'denseblock1 has parts other than DenseLayer'),
+    ],
+)
+def test_a_densenet_of_other_parts_is_refused(name, cls, why):
+    net = timm.create_model('densenet121', block_config=(2, 2))
+    if cls is None:
+        net.features.set_submodule(name, nn.Sequential(net.features.get_submodule(name)))
+    else:
+        net.features.get_submodule(name).__class__ = cls
+    with pytest.raises(ValueError, match=why):
+        to_awm(net)
+
+
+@torch.no_grad()
+def test_what_was_added_to_a_densenet_stays_where_it_was(images):
+    plain = timm.create_model('densenet121', block_config=(2, 2))
+    plain.features.transition1.add_module('scale', nn.Hardtanh(0, 0.1))
+    plain.features.add_module('last', nn.Hardtanh(0, 0.1))
+    plain = randomise(plain).eval()
+    called: list[str] = []
+    for name, module in plain.named_modules():
+        module.register_forward_hook(lambda module, args, y, name=name: called.append(name))
+    expected = plain(images)
+    names = list(called)
+    called.clear()
+    weighted = to_awm(plain)
+    assert torch.equal(weighted(images), expected)
+    assert called == names
+    back = to_plain(weighted)
+    assert torch.equal(back(images), expected)
+    assert list(back.state_dict()) == list(plain.state_dict())
+
+
+def test_a_net_without_values_is_not_known_to_be_plain():
+    weighted = to_awm(timm.create_model('resnet18', device='meta'))
+    with pytest.raises(ValueError, match='meta device, where they have no values'):
+        to_plain(weighted)
+
+
 def test_a_subclass_of_a_densenet_is_refused():
     class OwnDenseNet(DenseNet):
         pass
@@ -203,9 +256,10 @@ def test_a_converted_net_refuses_unequal_values_of_a_shared_weight():
 
 
 @torch.no_grad()
-def test_a_converted_net_takes_images_of_the_sizes_that_the_plain_net_takes(images):
-    plain = timm.create_model('resnet18').eval()
-    assert torch.equal(to_awm(plain)(images[..., :9, :9]), plain(images[..., :9, :9]))
+@pytest.mark.parametrize(('name', 'size'), [('resnet18', 9), ('densenet121', 31)])
+def test_a_converted_net_takes_images_of_the_sizes_that_the_plain_net_takes(name, size, images):
+    plain = timm.create_model(name).eval()
+    assert torch.equal(to_awm(plain)(images[..., :size, :size]), plain(images[..., :size, :size]))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import randomise
 from test_units import trained_gates, with_trained_gates
+from timm.layers import DropPath
 from torch import nn
 
 from timm_weighted_skip import AlternateFreezing, fused_norm, mapping_units, set_fused_merge
@@ -47,6 +48,23 @@ def test_a_weight_known_before_the_last_convolution_is_the_plain_formulas(bottle
     assert torch.std(weights[1]) > 0.01
     for ours, unit in zip(weights, mapping_units(model, x)):
         torch.testing.assert_close(ours, unit.weight, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_what_stands_in_the_place_of_drop_path_is_asked(bottlenecks, taken):
+    block, x = with_trained_gates(to_awm(bottlenecks)).layer1[0], torch.randn(2, 64, 9, 9)
+    block.drop_path, seen = DropPath(0.5).eval(), []
+    expected = block(x)
+    assert taken == ['norm_relu']
+    handle = block.drop_path.register_forward_hook(lambda *args: seen.append(args))
+    torch.testing.assert_close(block(x), expected)
+    assert len(seen) == 1
+    handle.remove()
+    block.drop_path = nn.Hardtanh(-0.1, 0.1)
+    clipped = block(x)
+    set_fused_merge(False)
+    torch.testing.assert_close(clipped, block(x))
+    assert taken == ['norm_relu', 'merge_relu', 'merge_relu']
 
 
 def test_the_weight_comes_after_the_last_convolution_where_that_matters(bottlenecks, monkeypatch, taken):

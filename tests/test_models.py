@@ -194,6 +194,50 @@ def test_drop_path_drops_whole_branches():
     assert kept > 0.9
 
 
+@torch.no_grad()
+def test_parts_of_a_dense_net_may_be_wrapped_and_added():
+    model = randomise(timm.create_model('awm_densenet22_bc_cifar')).eval()
+    x = images(model)
+    expected, features = model(x), model.features
+
+    class Wrapped(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, xs):
+            return self.layer(xs)
+
+    features.denseblock1.denselayer2 = Wrapped(features.denseblock1.denselayer2)
+    torch.testing.assert_close(model(x), expected)
+    features.transition1.add_module('shut', nn.Threshold(torch.inf, 0))
+    assert not features.transition1(features.denseblock1(features.conv0(x))).any()
+
+
+def test_a_cifar_dense_net_of_four_blocks_knows_its_stride():
+    model = timm.create_model('awm_densenet22_bc_cifar', block_config=(2, 2, 2, 2)).eval()
+    assert [info['reduction'] for info in model.feature_info] == [1, 1, 2, 4, 8]
+    assert model(torch.randn(1, 3, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'closed'),
+    [
+        ('awm_resnet14_cifar', {}, False),
+        ('awm_resnet14_cifar', {'zero_init_last': True}, True),
+        ('adaresnet14_cifar', {'skip_init': 1.0}, True),
+        ('resnet14_cifar', {'zero_init_last': False}, False),
+    ],
+)
+def test_weights_drawn_anew_start_as_the_net_did(name, kwargs, closed):
+    model = timm.create_model(name, **kwargs)
+    nn.init.ones_(model.layer2[1].bn2.weight)
+    model.init_weights()
+    assert (model.layer2[1].bn2.weight == 0).all() == closed
+    model.init_weights(zero_init_last=True)
+    assert not model.layer2[1].bn2.weight.any()
+
+
 def test_weight_decay_spares_skip_weights_and_takes_gates():
     def decayed(name):
         model = timm.create_model(name)
@@ -278,6 +322,7 @@ def test_a_shared_weight_takes_one_value():
         ('awm_resnet50', {'sharing': 'kind'}, TypeError, "unexpected keyword argument 'sharing'"),
         ('adaresnet18', {'hidden': 16}, TypeError, "unexpected keyword argument 'hidden'"),
         ('awm_resnet20_cifar', {'output_stride': 8}, TypeError, 'output_stride'),
+        ('awm_resnet20_cifar', {'layers': (2, 2, 2, 2)}, ValueError, 'a CIFAR ResNet has three stages'),
         ('awm_resnet20_cifar', {'replace_stem_pool': True}, TypeError, 'replace_stem_pool'),
         ('awm_densenet22_bc_cifar', {'stem_type': 'deep'}, TypeError, 'stem_type'),
         ('awm_densenet_bc', {'skip_init': 1.0}, TypeError, "unexpected keyword argument 'skip_init'"),

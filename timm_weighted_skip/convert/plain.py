@@ -11,7 +11,7 @@ from torch import nn
 from timm_weighted_skip.convert.names import rename
 from timm_weighted_skip.layers import ActiveWeightedConcat, ActiveWeightedMapping, SkipWeight
 from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedBottleneck, WeightedResNet
-from timm_weighted_skip.models.dense import WeightedDenseBlock, WeightedDenseLayer, WeightedDenseNet
+from timm_weighted_skip.models.dense import WeightedDenseBlock, WeightedDenseLayer, WeightedDenseNet, WeightedTransition
 
 __all__ = ['to_plain', 'unweigh']
 
@@ -20,12 +20,15 @@ PLAIN = {
     WeightedBottleneck: Bottleneck,
     WeightedDenseBlock: DenseBlock,
     WeightedDenseLayer: DenseLayer,
+    WeightedTransition: DenseTransition,
 }
 
 
 @torch.no_grad()
 def _why_not_plain(merge: nn.Module) -> str:
     """Why `merge` is not the plain sum or concatenation; '' if it is."""
+    if any(tensor.is_meta for tensor in merge.state_dict().values()):
+        return 'its weights are on the meta device, where they have no values'
     if isinstance(merge, SkipWeight):
         if merge.weight is None or merge.weight == 1:
             return ''
@@ -65,9 +68,6 @@ def unweigh(model: nn.Module) -> None:
         for name, child in list(model.features.named_children()):
             if isinstance(child, ActiveWeightedConcat):
                 delattr(model.features, name)
-            elif isinstance(getattr(child, 'merge', None), ActiveWeightedConcat):
-                del child.merge
-                child.__class__ = DenseTransition
         model.layout_changed()
     # Plain nets of timm's own layout need nothing of this package.
     for weighted, plain in ((WeightedResNet, ResNet), (WeightedDenseNet, DenseNet)):

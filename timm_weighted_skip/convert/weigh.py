@@ -79,6 +79,7 @@ def to_awm(model: Net, hidden: Optional[int] = None) -> Net:
     else:
         if type(net) is DenseNet:
             net.__class__ = WeightedDenseNet
+            net.min_input_size = 1  # it takes what the plain net takes
         if not isinstance(net, WeightedDenseNet):
             raise ValueError(f"{type(net).__name__} can't be converted; of DenseNets, timm's own class and ours can")
         weigh_connections(net, width)

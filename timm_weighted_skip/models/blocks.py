@@ -4,15 +4,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Optional, Union
 
 import torch
+from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from timm_weighted_skip.checks import check_count
-from timm_weighted_skip.fused import can_fuse
+from timm_weighted_skip.fused import can_fuse, is_hooked
 from timm_weighted_skip.fused_norm import can_fuse_norm
 from timm_weighted_skip.layers import why_not_shared
 
-__all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBottleneck', 'WeightedResNet']
+__all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBlock', 'WeightedBottleneck', 'WeightedResNet']
 
 
 class WeightedBlock:
@@ -40,8 +41,9 @@ class WeightedBlock:
 
     def can_fuse_norm(self, conv: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
         """Whether nothing stands between the last norm and the merge, and `merge.norm_relu` may do both."""
-        dropped = self.drop_path is not None and self.drop_path.training
-        return self.se is None and not dropped and can_fuse_norm(self.merge, conv, norm, act, x)
+        drop = self.drop_path
+        passes = drop is None or (type(drop) is DropPath and not (drop.training or is_hooked(drop)))
+        return self.se is None and passes and can_fuse_norm(self.merge, conv, norm, act, x)
 
 
 class WeightedBasicBlock(WeightedBlock, BasicBlock):
@@ -143,6 +145,7 @@ class WeightedResNet(ChecksInputSize, ResNet):
         layers: Blocks per stage.
         merge: Maker of the units' merges, see `WeightedBlock`.
         in_chans: Number of input channels.
+        zero_init_last: Whether a fresh unit's last norm starts at 0, where `merge` allows it.
         block_args: Further arguments of the blocks.
         kwargs: Those of timm's `ResNet`.
 
@@ -151,6 +154,7 @@ class WeightedResNet(ChecksInputSize, ResNet):
     """
 
     feature_cfg: ClassVar[dict[str, Any]] = dict(out_indices=(0, 1, 2, 3, 4))
+    starts_closed = True  # of a net that timm made
 
     def __init__(
         self,
@@ -158,12 +162,22 @@ class WeightedResNet(ChecksInputSize, ResNet):
         layers: tuple[int, ...],
         merge: Callable[..., nn.Module],
         in_chans: int = 3,
+        zero_init_last: bool = True,
         block_args: Optional[dict[str, Any]] = None,
         **kwargs,
     ) -> None:
         check_count('in_chans', in_chans)
-        super().__init__(block, layers, in_chans=in_chans, block_args={**(block_args or {}), 'merge': merge}, **kwargs)
+        block_args = {**(block_args or {}), 'merge': merge}
+        super().__init__(
+            block, layers, in_chans=in_chans, zero_init_last=zero_init_last, block_args=block_args, **kwargs
+        )
+        self.starts_closed = zero_init_last
         self.min_input_size = self.feature_info[-1]['reduction']
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: Optional[bool] = None) -> None:
+        """As timm's, which by default draws the start that the net was made with."""
+        super().init_weights(self.starts_closed if zero_init_last is None else zero_init_last)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         if why := why_not_shared(self, state_dict, prefix):

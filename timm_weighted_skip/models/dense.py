@@ -1,6 +1,5 @@
 """timm's DenseNet with the concatenation that a layer, a transition or the final norm reads weighted unit by unit."""
 
-from collections import OrderedDict
 from typing import Any, ClassVar, List  # noqa: UP035  TorchScript reads List
 
 import torch
@@ -30,7 +29,9 @@ class WeightedDenseBlock(DenseBlock):
 
     def forward(self, init_features: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
-            if can_buffer(init_features) and not any(layer.grad_checkpointing for layer in self.values()):
+            if can_buffer(init_features) and all(
+                isinstance(layer, DenseLayer) and not layer.grad_checkpointing for layer in self.values()
+            ):
                 return self.forward_buffered(init_features)
         features = [init_features]
         for layer in self.values():
@@ -46,14 +47,31 @@ class WeightedDenseBlock(DenseBlock):
         return features.cat()
 
 
-class WeightedTransition(nn.Sequential):
+class WeightedTransition(DenseTransition):
     """The parts of timm's `DenseTransition` behind the weights of what it reads."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
-            if can_buffer(x) and can_read(x, self.merge, self.norm):
-                return self.pool(self.conv(read(x, self.merge, self.norm)))
-        return self.pool(self.conv(self.norm(self.merge(x))))
+            if can_buffer(x):
+                return self.forward_read(x)
+        for part in self:
+            x = part(x)
+        return x
+
+    def forward_read(self, x: torch.Tensor) -> torch.Tensor:
+        merge, norm, *others = self
+        x = read(x, merge, norm) if can_read(x, merge, norm) else norm(merge(x))
+        for part in others:
+            x = part(x)
+        return x
+
+
+def _insert(parent: nn.Module, name: str, module: nn.Module, before: str) -> None:
+    """Put `module` in front of a part of `parent`."""
+    parts = list(parent._modules)
+    parent.add_module(name, module)
+    for part in parts[parts.index(before) :]:
+        parent._modules[part] = parent._modules.pop(part)
 
 
 def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', plain: bool = False) -> None:
@@ -65,7 +83,16 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
     Args:
         model: Net to change.
         hidden, scale, plain: As `ActiveWeightedConcat`.
+
+    Raises:
+        ValueError: A layer, block or transition is not timm's own.
     """
+    for name, module in model.features.named_modules():
+        own = next((kind for kind in (DenseLayer, DenseBlock, DenseTransition) if isinstance(module, kind)), None)
+        stray = isinstance(module, DenseBlock) and any(not isinstance(m, DenseLayer) for m in module.children())
+        if own not in (None, type(module)) or stray:
+            what = 'has parts other than DenseLayer' if stray else f'is a {type(module).__name__}'
+            raise ValueError(f"features.{name} {what}; timm's own layers, blocks and transitions have a weighted form")
 
     def merge(widths: list[int], like: torch.Tensor) -> ActiveWeightedConcat:
         made = ActiveWeightedConcat(widths, hidden, scale, plain, device=like.device, dtype=like.dtype)
@@ -86,16 +113,11 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
                 widths.append(layer.conv2.out_channels)
             module.out_channels = sum(widths)  # noted here, as what wraps or shards a layer may hide its shape
         elif isinstance(module, DenseTransition):
-            weight = merge(widths, module.conv.weight)
-            parts = OrderedDict(merge=weight, **dict(module.named_children()))
-            transition = WeightedTransition(parts)
-            transition.training = module.training
-            setattr(model.features, name, transition)
+            module.__class__ = WeightedTransition
+            _insert(module, 'merge', merge(widths, module.conv.weight), before='norm')
         elif name == 'norm5':
-            del model.features.norm5
             # Like a convolution: norms may be of 32 bits in a net of 16.
-            model.features.add_module('merge5', merge(widths, layers[-1].conv2.weight))
-            model.features.add_module(name, module)
+            _insert(model.features, 'merge5', merge(widths, layers[-1].conv2.weight), before=name)
 
 
 class WeightedDenseNet(ChecksInputSize, DenseNet):
@@ -119,6 +141,7 @@ class WeightedDenseNet(ChecksInputSize, DenseNet):
         super().__init__(in_chans=in_chans, **kwargs)
         weigh_connections(self, hidden, scale, plain)
         self.layout_changed()
+        self.min_input_size = self.feature_info[-1]['reduction']
 
     def layout_changed(self) -> None:
         """Recompute what depends on `features` and `feature_info`."""
@@ -126,4 +149,3 @@ class WeightedDenseNet(ChecksInputSize, DenseNet):
         taps = [info['module'].split('.', 1)[1] for info in self.feature_info]
         # timm's forward_intermediates finds its features by their positions. Pruning leaves `feature_info` as it was.
         self.feature_ends = [names.index(tap) for tap in taps if tap in names]
-        self.min_input_size = self.feature_info[-1]['reduction']

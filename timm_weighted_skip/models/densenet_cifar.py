@@ -18,7 +18,7 @@ __all__ = ['CifarDenseNet', 'cifar_densenet_args', 'cifar_densenet_cfg']
 
 
 class CifarDenseNet(WeightedDenseNet):
-    """timm's DenseNet in its CIFAR form: a total stride of 4, any input size from 4 x 4 pixels up.
+    """timm's DenseNet in its CIFAR form: with three blocks a total stride of 4, any input size from 4 x 4 pixels up.
 
     Args:
         in_chans: Number of input channels.
@@ -35,9 +35,10 @@ class CifarDenseNet(WeightedDenseNet):
         nn.init.kaiming_normal_(self.features.conv0.weight)
         del self.features.norm0, self.features.pool0
         self.feature_info[0]['module'] = 'features.conv0'
-        for info, reduction in zip(self.feature_info, (1, 1, 2, 4)):
-            info['reduction'] = reduction
+        for info in self.feature_info:
+            info['reduction'] = max(1, info['reduction'] // 4)  # timm's stem divides by 2 and then by 2
         self.layout_changed()
+        self.min_input_size = self.feature_info[-1]['reduction']
 
 
 def cifar_densenet_args(depth: int) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class CifarResNet(WeightedResNet):
     feature_cfg: ClassVar[dict[str, Any]] = dict(out_indices=(0, 1, 2, 3))
 
     def __init__(self, block: type[WeightedBasicBlock], layers: tuple[int, ...], merge, in_chans: int = 3, **kwargs):
+        if len(layers) != 3:
+            raise ValueError(f'layers={tuple(layers)} is not allowed; a CIFAR ResNet has three stages')
         # Of timm's stems only the deep one can be 16 channels wide, so it is made and replaced. The last two are named
         # so that they can't be given: there is no stem pool, and timm counts the stride from a stem that divides by 4.
         stem_and_stages = dict(
