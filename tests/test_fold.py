@@ -4,7 +4,10 @@ import pytest
 import timm
 import torch
 from conftest import randomise
+from timm.layers import FilterResponseNormTlu2d
 from timm.models.resnet import ResNet
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import timm_weighted_skip
 from timm_weighted_skip.convert import fold
@@ -99,6 +102,78 @@ def test_not_a_number_is_no_weight_to_fold():
     torch.nn.init.constant_(net.layer1[1].merge.weight, float('nan'))
     with pytest.raises(ValueError, match=r'layer1\.1\.merge\.weight is beyond'):
         fold(net)
+
+
+@torch.no_grad()  # else torch can't copy the net
+def prune_first(net):
+    prune.l1_unstructured(net.layer1[1].conv1, 'weight', 0.3)
+
+
+def normalise_weight(net):
+    parametrizations.weight_norm(net.layer1[1].conv1)
+
+
+def tie_convolutions(net):
+    net.layer1[1].conv1.weight = net.layer1[2].conv1.weight
+
+
+def share_norm(net):
+    net.layer1[1].bn2 = net.layer1[2].bn2
+
+
+def repeat_block(net):
+    net.layer1[2] = net.layer1[1]
+
+
+def wrap_convolution(net):
+    net.layer1[1].conv1 = nn.Sequential(net.layer1[1].conv1)
+
+
+def append_to_stage(net):
+    net.layer2.append(nn.Identity())
+
+
+def threshold_norm(net):
+    net.layer2[0].bn2 = FilterResponseNormTlu2d(32)
+
+
+def clip_stem(net):
+    net.maxpool = nn.Sequential(nn.Hardtanh())
+
+
+@pytest.mark.parametrize(
+    ('change', 'why'),
+    [
+        (prune_first, 'layer1.1.conv1 is a Conv2d with hooks'),
+        (normalise_weight, 'layer1.1.conv1 is a ParametrizedConv2d'),
+        (tie_convolutions, r'layer1\.2\.conv1\.weight is used by more than one layer'),
+        (share_norm, r'\.bn2\.weight is used by more than one layer'),
+        (repeat_block, 'is used by more than one layer'),
+        (wrap_convolution, 'layer1.1.conv1 is a Sequential'),
+        (append_to_stage, 'layer2.3 is a Identity, which is no block'),
+        (threshold_norm, 'layer2.0.bn2 is a FilterResponseNormTlu2d'),
+        (clip_stem, 'maxpool.0 is Hardtanh'),
+    ],
+)
+def test_a_layer_that_cannot_take_a_weight_is_refused(change, why):
+    net = trained('adaresnet20_cifar')
+    change(net)
+    with pytest.raises(ValueError, match=why):
+        fold(net)
+
+
+def test_a_net_without_values_is_refused():
+    with pytest.raises(ValueError, match='meta device has no values'):
+        fold(timm.create_model('adaresnet14_cifar', device='meta'))
+
+
+def test_a_net_that_is_not_trained_stays_so():
+    net = trained('adaresnet14_cifar').requires_grad_(False)
+    net.layer1[1].merge.weight.fill_(-0.3)
+    folded, kept = fold(net)
+    assert kept == ['layer1.1']
+    assert not any(module.training for module in folded.modules())
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
 
 
 @pytest.mark.parametrize(

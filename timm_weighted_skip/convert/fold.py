@@ -1,19 +1,33 @@
 """Folding AdaResNet's learned weights into the neighbouring layers: the same outputs from a plain ResNet."""
 
 import copy
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
+from timm.layers import BlurPool2d, GroupNorm, GroupNorm1, LayerNorm2d
 from timm.models.resnet import Bottleneck, ResNet
 from timm.utils import unwrap_model
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from timm_weighted_skip.convert.names import rename
 from timm_weighted_skip.convert.plain import unweigh
 from timm_weighted_skip.layers import SkipWeight
+from timm_weighted_skip.models.blocks import WeightedBlock
+from timm_weighted_skip.models.resnet_released import CentredConv2d
 
 __all__ = ['fold']
 
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, BlurPool2d, nn.Sequential)
+CONVS = (nn.Conv2d, CentredConv2d)
+
+NORMS = (
+    *(nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d),
+    *(FrozenBatchNorm2d, GroupNorm, GroupNorm1, LayerNorm2d),
+)
+"""They end in `weight * z + bias` of a `z` that does not depend on either."""
 
 
 def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
@@ -45,16 +59,22 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
         whose units share no weight.
 
     Raises:
-        ValueError: `model` is no AdaResNet, an activation or a branch is not homogeneous, or the product of a stage's
-            weights leaves the range of the net's precision.
+        ValueError: `model` is no AdaResNet, an activation or a branch is not homogeneous, a layer that a weight would
+            go into has no parameters of its own to take it, or the product of a stage's weights leaves the range of
+            the net's precision.
     """
     model = unwrap_model(model)
     merges = [module for module in model.modules() if isinstance(module, SkipWeight)]
     if not isinstance(model, ResNet) or all(merge.weight is None for merge in merges):
         raise ValueError(f'{type(model).__name__} has no weights to fold; nets that have are called adaresnet*')
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError('a net on the meta device has no values to fold; load its weights first')
     net = copy.deepcopy(model)
     blocks = [block for name, stage in net.named_children() if name.startswith('layer') for block in stage]
-    names = {block: name for name, block in net.named_modules()}
+    names = {module: name for name, module in net.named_modules()}
+    for block in blocks:
+        if not isinstance(block, WeightedBlock):
+            raise ValueError(f'{names[block]} is a {type(block).__name__}, which is no block of an AdaResNet')
     weighted = _fold_units(net, blocks, names)
     kept = [names[block] for block in weighted]
     for name, tensor in net.state_dict().items():
@@ -78,29 +98,30 @@ def _fold_units(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str
         weight = torch.ones_like(after) if block.merge.weight is None else block.merge.weight.double().cpu()
         foldable = block.downsample is not None or weight > 0
         if block.downsample is not None:
-            _scale_affine(block.downsample[-1], after * weight, names)
+            _scale_affine(net, block.downsample[-1], after * weight)
             before = torch.ones_like(after)
         else:
             before = after * weight if foldable else after
         # A merge of its own: units that shared a weight need not have the same one any more.
+        block.merge = copy.deepcopy(block.merge)
         if not foldable:
             kept.append(block)
-            block.merge = copy.deepcopy(block.merge)
         elif block.merge.weight is not None:
-            like = dict(device=block.merge.weight.device, dtype=block.merge.weight.dtype)
-            block.merge = SkipWeight(1.0, fixed=not isinstance(block.merge.weight, nn.Parameter), **like)
+            block.merge.weight.fill_(1)
+            block.merge.init = 1.0
         if before != 1 or after != 1:
             _check_homogeneous(block, names)
-            _scale(block.conv1.weight, 1 / before)
-            _scale_affine(block.bn3 if isinstance(block, Bottleneck) else block.bn2, after, names)
+            _scale(net, block.conv1, CONVS, ('weight',), 1 / before)
+            _scale_affine(net, block.bn3 if isinstance(block, Bottleneck) else block.bn2, after)
         after = before
     if after != 1:  # the first stage opened with an identity shortcut
         # A stem pool with a convolution of its own ends in a norm and an activation.
         convolves = any(isinstance(module, nn.Conv2d) for module in net.maxpool.modules())
-        norm = list(net.maxpool.children())[-2] if convolves else net.bn1
-        if not isinstance(net.act1, HOMOGENEOUS):
-            raise ValueError(f'act1 is {type(net.act1).__name__}, which is not homogeneous: its input has one scale')
-        _scale_affine(norm, after, names)
+        norm, *behind = list(net.maxpool)[-2:] if convolves else (net.bn1, net.act1, *net.maxpool.modules())
+        for module in behind:
+            if not isinstance(module, (*HOMOGENEOUS, *POOLS)):
+                raise ValueError(f'{names[module]} is {type(module).__name__}, whose input has one scale')
+        _scale_affine(net, norm, after)
     return kept
 
 
@@ -112,13 +133,28 @@ def _check_homogeneous(block: nn.Module, names: dict[nn.Module, str]) -> None:
         raise ValueError(f'{names[block]} has a {type(block.se).__name__}, whose output does not scale with its input')
 
 
-def _scale(tensor: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply in place, rounding once."""
-    tensor.copy_(tensor.double() * factor.to(tensor.device))
+def _scale(
+    net: nn.Module, layer: nn.Module, kinds: Sequence[type], tensors: Sequence[str], factor: torch.Tensor
+) -> None:
+    """Multiply `tensors` of a layer in place, rounding once, where its output is made of them and of nothing else's."""
+    name = next(name for name, module in net.named_modules() if module is layer)
+    # Pruning, weight norm and the like change the class or make the weight in a hook.
+    if type(layer) not in kinds or layer._forward_pre_hooks or 'forward' in vars(layer):
+        hooks = ' with hooks' if type(layer) in kinds else ''
+        raise ValueError(
+            f'{name} is a {type(layer).__name__}{hooks}, into which no weight can be folded; kinds that take one are '
+            f'{", ".join(dict.fromkeys(kind.__name__ for kind in kinds))}, without pruning or parametrizations'
+        )
+    named = (net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False))
+    everything = [tensor for _, tensor in chain(*named)]
+    for each in tensors:
+        tensor = getattr(layer, each)
+        if tensor is None:
+            raise ValueError(f'{name} is a {type(layer).__name__} without affine parameters to fold a weight into')
+        if sum(other is tensor for other in everything) > 1:
+            raise ValueError(f'{name}.{each} is used by more than one layer, which would all take the weight of one')
+        tensor.copy_(tensor.double() * factor.to(tensor.device))
 
 
-def _scale_affine(norm: nn.Module, factor: torch.Tensor, names: dict[nn.Module, str]) -> None:
-    if getattr(norm, 'weight', None) is None or getattr(norm, 'bias', None) is None or norm.weight.ndim != 1:
-        raise ValueError(f'{names[norm]} is {type(norm).__name__} without affine parameters to fold a weight into')
-    _scale(norm.weight, factor)
-    _scale(norm.bias, factor)
+def _scale_affine(net: nn.Module, norm: nn.Module, factor: torch.Tensor) -> None:
+    _scale(net, norm, NORMS, ('weight', 'bias'), factor)
