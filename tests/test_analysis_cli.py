@@ -234,6 +234,7 @@ def half_a_checkpoint(path, folder: str) -> str:
         (lambda f, t: ['extremes', f, *npz(t, np.zeros((20, 8, 8), np.uint8), first=1)], 'labels 1 to 10 with 10'),
         (lambda f, t: ['extremes', f, *half_an_npz(t)], 'is not a readable image set'),
         (lambda f, t: ['extremes', f, '--data', 'cifar10'], '--data cifar10 needs --data-dir'),
+        (lambda f, t: ['extremes', f, '--data', 'own/set'], '--data own/set needs --data-dir'),
         (lambda f, t: ['extremes', f, '--data', 'cifar10', '--data-dir', str(t)], 'neither cifar10_test.npz nor'),
         (lambda f, t: ['extremes', f, '--data', 'digits', '--count', '0'], 'count=0'),
         (lambda f, t: ['extremes', 'awm_resnet14_cifar', '--data', 'digits', '--model-kwargs', 'in_chans=1'], '--mean'),

@@ -394,4 +394,7 @@ def test_loading_a_script_that_does_not_fit_says_which_one_would(tmp_path, capsy
     path.write_text('import pandars\n')
     assert launcher.main(['--train-script', str(path)]) == 1
     assert 'pip install pandars' in capsys.readouterr().err
+    path.write_text('print()\n')
+    assert launcher.main(['--train-script', str(path)]) == 1
+    assert "is none of timm's scripts" in capsys.readouterr().err
     shutil.rmtree(tmp_path)

@@ -175,6 +175,15 @@ def test_shared_weight_is_stored_once_per_unit_and_never_as_shared_memory():
     assert net[1]['merge'].weight == 3
 
 
+def test_weights_in_one_flat_tensor_are_not_shared():
+    net = nn.Sequential(SkipWeight(0.5), SkipWeight(0.5))
+    flat = nn.utils.parameters_to_vector(net.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, net.parameters())
+    for entry in net.state_dict().values():
+        entry.fill_(7.0)
+    assert (net[0].weight, net[1].weight) == (7, 7)
+
+
 def test_state_dict_beside_entries_that_are_no_plain_tensors():
     class Counting(nn.Module):
         def get_extra_state(self):

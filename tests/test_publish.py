@@ -232,12 +232,12 @@ def test_command_line_with_a_token_file(hub, folder, tmp_path, capsys):
     assert TOKEN not in captured.out + captured.err
 
 
-@pytest.mark.parametrize('content', ['', 'hf_secret with blanks', 'hf_secret\nhf_secret'])
+@pytest.mark.parametrize('content', [b'', b'hf_secret with blanks', b'hf_secret\nhf_secret', b'hf_secret\xff'])
 def test_a_bad_token_file_is_refused_without_showing_it(folder, tmp_path, capsys, content):
-    (tmp_path / 'token').write_text(content)
+    (tmp_path / 'token').write_bytes(content)
     assert cli.main(['publish', str(folder), '--repo-id', REPO, '--token-file', str(tmp_path / 'token')]) == 1
     error = capsys.readouterr().err
-    assert 'token' in error
+    assert f'{tmp_path / "token"} is ' in error
     assert 'secret' not in error
 
 

@@ -225,6 +225,14 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path, capsys):
     refused('args.yaml')
 
 
+def test_a_result_that_is_none_is_named(tmp_path, capsys):
+    trained(tmp_path)
+    result = tmp_path / 'run/result.json'
+    result.write_text('{}')
+    assert main(['train', '--resume', str(result.parent)]) == 1
+    assert f'{result} is not what a run measured; remove it' in capsys.readouterr().err
+
+
 def test_a_checkpoint_from_before_an_option_existed_is_gone_on_with(tmp_path, capsys):
     trained(tmp_path)
     result, args = tmp_path / 'run/result.json', tmp_path / 'run/args.yaml'

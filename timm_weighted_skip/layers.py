@@ -91,11 +91,11 @@ class SkipWeight(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         key = f'{prefix}weight'
         if not keep_vars and key in destination and self.weight.device.type != 'meta':
-            # Other modules' entries need not have a storage, nor be tensors.
-            scalars = [v for k, v in destination.items() if k != key and isinstance(v, torch.Tensor) and v.ndim == 0]
-            own = destination[key].untyped_storage().data_ptr()
-            if any(scalar.untyped_storage().data_ptr() == own for scalar in scalars):
-                destination[key] = destination[key].clone()
+            own = destination[key]
+            # Other modules' entries need not be tensors.
+            others = [v for k, v in destination.items() if k != key and isinstance(v, torch.Tensor) and v.ndim == 0]
+            if any((v.device, v.dtype) == (own.device, own.dtype) and own.is_set_to(v) for v in others):
+                destination[key] = own.clone()
 
     def extra_repr(self) -> str:
         if self.weight is None:

@@ -116,6 +116,10 @@ def load_images(
             raise OSError(
                 f'no images of {name!r}, split {split!r}, in {data_dir}: no {npz.name}, and {torchvision_reason(error)}'
             ) from error
+        except TypeError:
+            if data_dir is not None:
+                raise
+            raise ValueError(f'--data {name} needs --data-dir, the folder of its files') from None
         if isinstance(source, IterableDataset):
             raise ValueError(f'{name!r} is a stream; give a data set whose images have numbers')
         classes = getattr(source, 'classes', None) or list(source.reader.class_to_idx)

@@ -32,7 +32,7 @@ def read_token(file: Optional[Path] = None) -> str:
     """
     from huggingface_hub import get_token
 
-    token = file.read_text(encoding='utf-8').strip() if file else get_token()
+    token = file.read_text(encoding='utf-8', errors='replace').strip() if file else get_token()
     if not token:
         where = f'{file} is empty' if file else 'no Hub token was found'
         raise ValueError(f'{where}; run `hf auth login`, set HF_TOKEN or give --token-file')

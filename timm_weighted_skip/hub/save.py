@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import timm
 import torch
@@ -85,8 +85,9 @@ def save_checkpoint(
     return folder
 
 
-def update_results(folder: Path, results: Results) -> None:
+def update_results(folder: Union[str, Path], results: Results) -> None:
     """Have config and card of a checkpoint directory say `results`, as when more seeds or a baseline were trained."""
+    folder = Path(folder)
     config = read_json(folder / 'config.json')
     add_results(config, results)
     _write_config_and_card(folder, config, folder.resolve().name)

@@ -106,6 +106,8 @@ def load_script(path: Path) -> ModuleType:
             f'{path} does not run with timm {timm.__version__} ({error}); give --train-script of a clone at tag '
             f'v{timm.__version__}'
         ) from None
+    if not hasattr(module, 'parser'):
+        raise ImportError(f"{path} is none of timm's scripts; give --train-script of train.py in a clone of timm")
     return module
 
 

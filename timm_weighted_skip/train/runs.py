@@ -132,7 +132,10 @@ def run(task: Task, folder: Path, analysis: Optional[Analysis] = None) -> dict:
         KeyboardInterrupt: The run was stopped; its state is saved.
     """
     if (folder / RESULT).exists():
-        return read_json(folder / RESULT)
+        finished = read_json(folder / RESULT)
+        if not {'model', 'last', 'best'} <= finished.keys():
+            raise ValueError(f'{folder / RESULT} is not what a run measured; remove it, and the run goes on to its end')
+        return finished
     recipe = task.recipe
     train = load_image_set(task.data, True, task.data_dir, task.download)
     test = load_image_set(task.data, False, task.data_dir, task.download)
