@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Union
 
-__all__ = ['read_json', 'replacing', 'write_file']
+__all__ = ['first_sentence', 'read_json', 'replacing', 'write_file']
 
 MAX_JSON_BYTES = 10_000_000
 
@@ -46,6 +46,11 @@ def write_file(path: Path, content: Union[str, bytes]) -> None:
     """Write `content` to `path` as a whole or not at all, see `replacing`."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def first_sentence(error: Exception) -> str:
+    """What is wrong with a file, without the advice that torch adds, to load files that may run code."""
+    return str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
 
 
 def read_json(file: Path) -> dict[str, Any]:

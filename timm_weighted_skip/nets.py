@@ -22,7 +22,7 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_weighted_skip.files import read_json
+from timm_weighted_skip.files import first_sentence, read_json
 from timm_weighted_skip.models.names import check_model_name
 
 __all__ = [
@@ -308,8 +308,7 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
             return state
         reason = 'it holds no weights with names'
     except (*DAMAGED, *MISFITS) as error:
-        # The first sentence: some go on with how to load files that may run code.
-        reason = str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
+        reason = first_sentence(error)
     weights = file.with_name(file.name.replace('.pth.tar', '.safetensors'))  # of a state that our trainer wrote
     instead = f'; give {weights}' if weights != file and weights.is_file() else ''
     raise ValueError(f'{file} is not a checkpoint that can be read: {reason}{instead}')

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from timm_weighted_skip.files import replacing, write_file
+from timm_weighted_skip.files import first_sentence, replacing, write_file
 
 __all__ = ['link', 'read_checkpoint', 'save_checkpoint', 'weights_file']
 
@@ -108,6 +108,5 @@ def read_checkpoint(
     except OSError:
         raise
     except Exception as error:  # torch raises whatever the broken part of the file leads to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f'{path} is not a whole checkpoint of this trainer ({reason})') from None
+        raise ValueError(f'{path} is not a whole checkpoint of this trainer ({first_sentence(error)})') from None
     return weights, state
