@@ -295,7 +295,7 @@ def test_a_mode_asks_for_compiling():
         (['--model-kwargs', 'pretrained=True'], 'give --pretrained instead'),
         (['--opt-kwargs', 'foreach=True', 'fused=True'], "optimizer 'sgd'"),
         (['--model-kwargs', 'features_only=True'], 'does not give one number per class; train the whole net'),
-        (['--model-kwargs', 'layers=(1,1)'], "model 'awm_resnet14_cifar'"),
+        (['--model-kwargs', 'layers=(1,1)'], 'a CIFAR ResNet has three stages'),
         (['--model', 'awm_resnet18', '--model-kwargs', 'layers=(1,)'], "model 'awm_resnet18'"),
         (['--torchcompile', '--torchcompile-mode', 'none'], "torchcompile_mode='none'"),
         (
