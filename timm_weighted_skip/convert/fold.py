@@ -71,12 +71,11 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
         raise ValueError('a net on the meta device has no values to fold; load its weights first')
     net = copy.deepcopy(model)
     blocks = [block for name, stage in net.named_children() if name.startswith('layer') for block in stage]
-    names = {module: name for name, module in net.named_modules()}
     for block in blocks:
         if not isinstance(block, WeightedBlock):
-            raise ValueError(f'{names[block]} is a {type(block).__name__}, which is no block of an AdaResNet')
-    weighted = _fold_units(net, blocks, names)
-    kept = [names[block] for block in weighted]
+            raise ValueError(f'{_name(net, block)} is a {type(block).__name__}, which is no block of an AdaResNet')
+    weighted = _fold_units(net, blocks)
+    kept = [_name(net, block) for block in reversed(weighted)]
     for name, tensor in net.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f'{name} is beyond the range of {tensor.dtype} after folding; fold `model.double()`')
@@ -86,11 +85,11 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
     else:
         fixed = not isinstance(weighted[0].merge.weight, nn.Parameter)
         rename(net, 'ada', **(dict(skip_fixed=True) if fixed else {}))
-    return net, sorted(kept, key=list(names.values()).index)
+    return net, kept
 
 
 @torch.no_grad()
-def _fold_units(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str]) -> list[nn.Module]:
+def _fold_units(net: ResNet, blocks: list[nn.Module]) -> list[nn.Module]:
     """Fold the weights of all units, from the last to the first; returns the blocks that stay weighted."""
     kept: list[nn.Module] = []
     after = torch.ones((), dtype=torch.float64)  # a_(k+1)
@@ -110,7 +109,7 @@ def _fold_units(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str
             block.merge.weight.fill_(1)
             block.merge.init = 1.0
         if before != 1 or after != 1:
-            _check_homogeneous(block, names)
+            _check_homogeneous(net, block)
             _scale(net, block.conv1, CONVS, ('weight',), 1 / before)
             _scale_affine(net, block.bn3 if isinstance(block, Bottleneck) else block.bn2, after)
         after = before
@@ -120,24 +119,29 @@ def _fold_units(net: ResNet, blocks: list[nn.Module], names: dict[nn.Module, str
         norm, *behind = list(net.maxpool)[-2:] if convolves else (net.bn1, net.act1, *net.maxpool.modules())
         for module in behind:
             if not isinstance(module, (*HOMOGENEOUS, *POOLS)):
-                raise ValueError(f'{names[module]} is {type(module).__name__}, whose input has one scale')
+                raise ValueError(f'{_name(net, module)} is {type(module).__name__}, whose input has one scale')
         _scale_affine(net, norm, after)
     return kept
 
 
-def _check_homogeneous(block: nn.Module, names: dict[nn.Module, str]) -> None:
+def _name(net: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in net.named_modules() if module is part)
+
+
+def _check_homogeneous(net: nn.Module, block: nn.Module) -> None:
+    name = _name(net, block)
     last_act = block.act3 if isinstance(block, Bottleneck) else block.act2
     if not isinstance(last_act, HOMOGENEOUS):
-        raise ValueError(f'{names[block]} ends in {type(last_act).__name__}, which is not homogeneous like relu')
+        raise ValueError(f'{name} ends in {type(last_act).__name__}, which is not homogeneous like relu')
     if block.se is not None:
-        raise ValueError(f'{names[block]} has a {type(block.se).__name__}, whose output does not scale with its input')
+        raise ValueError(f'{name} has a {type(block.se).__name__}, whose output does not scale with its input')
 
 
 def _scale(
     net: nn.Module, layer: nn.Module, kinds: Sequence[type], tensors: Sequence[str], factor: torch.Tensor
 ) -> None:
     """Multiply `tensors` of a layer in place, rounding once, where its output is made of them and of nothing else's."""
-    name = next(name for name, module in net.named_modules() if module is layer)
+    name = _name(net, layer)
     # Pruning, weight norm and the like change the class or make the weight in a hook.
     if type(layer) not in kinds or layer._forward_pre_hooks or 'forward' in vars(layer):
         hooks = ' with hooks' if type(layer) in kinds else ''

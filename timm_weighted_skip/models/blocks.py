@@ -13,7 +13,22 @@ from timm_weighted_skip.fused import can_fuse, is_hooked
 from timm_weighted_skip.fused_norm import can_fuse_norm
 from timm_weighted_skip.layers import why_not_shared
 
-__all__ = ['ChecksInputSize', 'WeightedBasicBlock', 'WeightedBlock', 'WeightedBottleneck', 'WeightedResNet']
+__all__ = [
+    'ChecksInputSize',
+    'WeightedBasicBlock',
+    'WeightedBlock',
+    'WeightedBottleneck',
+    'WeightedResNet',
+    'insert_before',
+]
+
+
+def insert_before(parent: nn.Module, part: str, name: str, module: nn.Module) -> None:
+    """Make `module` a part of `parent`, called `name`, in front of that called `part`."""
+    parts = list(parent._modules)
+    parent.add_module(name, module)
+    for behind in parts[parts.index(part) :]:
+        parent._modules[behind] = parent._modules.pop(behind)
 
 
 class WeightedBlock:

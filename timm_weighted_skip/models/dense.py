@@ -4,12 +4,11 @@ from typing import Any, ClassVar, List  # noqa: UP035  TorchScript reads List
 
 import torch
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet, DenseTransition
-from torch import nn
 
 from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.fused_concat import DenseFeatures, can_buffer, can_read, read
 from timm_weighted_skip.layers import ActiveWeightedConcat
-from timm_weighted_skip.models.blocks import ChecksInputSize
+from timm_weighted_skip.models.blocks import ChecksInputSize, insert_before
 
 __all__ = ['WeightedDenseLayer', 'WeightedDenseNet', 'weigh_connections']
 
@@ -52,26 +51,17 @@ class WeightedTransition(DenseTransition):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
-            if can_buffer(x):
+            if can_buffer(x) and can_read(x, self[0], self[1]):
                 return self.forward_read(x)
         for part in self:
             x = part(x)
         return x
 
     def forward_read(self, x: torch.Tensor) -> torch.Tensor:
-        merge, norm, *others = self
-        x = read(x, merge, norm) if can_read(x, merge, norm) else norm(merge(x))
-        for part in others:
+        x = read(x, self[0], self[1])
+        for part in list(self)[2:]:
             x = part(x)
         return x
-
-
-def _insert(parent: nn.Module, name: str, module: nn.Module, before: str) -> None:
-    """Put `module` in front of a part of `parent`."""
-    parts = list(parent._modules)
-    parent.add_module(name, module)
-    for part in parts[parts.index(before) :]:
-        parent._modules[part] = parent._modules.pop(part)
 
 
 def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', plain: bool = False) -> None:
@@ -87,12 +77,15 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
     Raises:
         ValueError: A layer, block or transition is not timm's own.
     """
+    kinds = DenseLayer, DenseBlock, DenseTransition
     for name, module in model.features.named_modules():
-        own = next((kind for kind in (DenseLayer, DenseBlock, DenseTransition) if isinstance(module, kind)), None)
-        stray = isinstance(module, DenseBlock) and any(not isinstance(m, DenseLayer) for m in module.children())
-        if own not in (None, type(module)) or stray:
-            what = 'has parts other than DenseLayer' if stray else f'is a {type(module).__name__}'
-            raise ValueError(f"features.{name} {what}; timm's own layers, blocks and transitions have a weighted form")
+        if isinstance(module, DenseBlock) and not all(isinstance(layer, DenseLayer) for layer in module.children()):
+            what = 'has parts other than DenseLayer'
+        elif isinstance(module, kinds) and type(module) not in kinds:
+            what = f'is a {type(module).__name__}'
+        else:
+            continue
+        raise ValueError(f"features.{name} {what}; timm's own layers, blocks and transitions have a weighted form")
 
     def merge(widths: list[int], like: torch.Tensor) -> ActiveWeightedConcat:
         made = ActiveWeightedConcat(widths, hidden, scale, plain, device=like.device, dtype=like.dtype)
@@ -114,10 +107,10 @@ def weigh_connections(model: DenseNet, hidden: int = 24, scale: str = 'units', p
             module.out_channels = sum(widths)  # noted here, as what wraps or shards a layer may hide its shape
         elif isinstance(module, DenseTransition):
             module.__class__ = WeightedTransition
-            _insert(module, 'merge', merge(widths, module.conv.weight), before='norm')
+            insert_before(module, 'norm', 'merge', merge(widths, module.conv.weight))
         elif name == 'norm5':
             # Like a convolution: norms may be of 32 bits in a net of 16.
-            _insert(model.features, 'merge5', merge(widths, layers[-1].conv2.weight), before=name)
+            insert_before(model.features, name, 'merge5', merge(widths, layers[-1].conv2.weight))
 
 
 class WeightedDenseNet(ChecksInputSize, DenseNet):

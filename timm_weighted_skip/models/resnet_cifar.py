@@ -13,7 +13,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from timm_weighted_skip.layers import skip_weights
-from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet
+from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet, insert_before
 from timm_weighted_skip.models.pretrained import build, default_cfgs_of
 
 __all__ = ['CIFAR_DEPTHS', 'CifarResNet', 'cifar_cfg', 'cifar_layers']
@@ -47,9 +47,7 @@ class CifarResNet(WeightedResNet):
         self.conv1 = nn.Conv2d(in_chans, 16, kernel_size=3, padding=1, bias=False, **dd)
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
         self.maxpool = nn.Identity()
-        self.layer4 = nn.Sequential()
-        for name in ('global_pool', 'fc'):  # stay behind it, where who cuts off a head looks for them
-            self._modules[name] = self._modules.pop(name)
+        insert_before(self, 'global_pool', 'layer4', nn.Sequential())  # the head stays last, where others look for it
         for info, reduction in zip(self.feature_info, (1, 1, 2, 4)):
             info['reduction'] = reduction
         self.min_input_size = 4
