@@ -6,7 +6,7 @@ serves contiguous and channels-last maps. A program handles `BLOCK` elements of 
 same order. tests/test_fused_triton.py holds the kernels equal to the plain formulas.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 BLOCK = 4096
 SIDE = 64
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
+OPTIONS = dict(enable_fp_fusion=True)  # Triton 3.9 warns where this is left to its default, which will change
 
 
 def layout_of(*maps: torch.Tensor) -> Optional[torch.memory_format]:
@@ -143,11 +144,16 @@ def _precision(x: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
     return (tl.float64, torch.float64) if x.dtype == torch.float64 else (tl.float32, torch.float32)
 
 
+def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any) -> None:
+    """Run `kernel` on the device of its first argument."""
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **OPTIONS)
+
+
 def skip_relu(residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`relu(residual + w * shortcut)` of a scalar `w`, over `residual`."""
     y = residual.detach()
-    with torch.cuda.device_of(y):
-        _skip_relu[_grid(y)](y, residual, shortcut, weight, y[0].numel(), _precision(y)[0], BLOCK)
+    _launch(_skip_relu, _grid(y), y, residual, shortcut, weight, y[0].numel(), _precision(y)[0], BLOCK)
     return y
 
 
@@ -161,10 +167,8 @@ def mapping_relu(
     grid = count, triton.cdiv(channels, SIDE), triton.cdiv(pixels, SIDE)
     partial = torch.empty(count, grid[2], channels, dtype=dtype, device=y.device)
     channels_last = layout_of(y) == torch.channels_last
-    with torch.cuda.device_of(y):
-        _mapping_relu[grid](
-            y, partial, residual, shortcut, weight.contiguous(), channels, pixels, channels_last, acc, SIDE
-        )
+    tensors = y, partial, residual, shortcut, weight.contiguous()
+    _launch(_mapping_relu, grid, *tensors, channels, pixels, channels_last, acc, SIDE)
     return y, (partial.sum(1) / pixels).to(y.dtype)
 
 
@@ -173,8 +177,8 @@ def dots(grad: torch.Tensor, residual: torch.Tensor, shortcut: torch.Tensor, wei
     grad = _arranged(grad, residual)
     acc, dtype = _precision(grad)
     partial = torch.empty(*_grid(grad), 2, dtype=dtype, device=grad.device)
-    with torch.cuda.device_of(grad):
-        _dots[_grid(grad)](partial, grad, residual, shortcut, weight.contiguous(), grad[0].numel(), acc, BLOCK)
+    tensors = partial, grad, residual, shortcut, weight.contiguous()
+    _launch(_dots, _grid(grad), *tensors, grad[0].numel(), acc, BLOCK)
     return partial.sum(1).to(weight.dtype)
 
 
@@ -187,12 +191,9 @@ def gradients(
     channels, pixels = y.shape[1], y.shape[2:].numel()
     if share is None:
         share = y.new_zeros(len(y), 2 * channels)
-    with torch.cuda.device_of(y):
-        _gradients[_grid(y)](
-            *outputs,
-            *(grad, y, weight.contiguous(), share.contiguous()),
-            *(channels * pixels, channels, pixels, layout_of(y) == torch.channels_last, _precision(y)[0], BLOCK),
-        )
+    tensors = *outputs, grad, y, weight.contiguous(), share.contiguous()
+    channels_last = layout_of(y) == torch.channels_last
+    _launch(_gradients, _grid(y), *tensors, channels * pixels, channels, pixels, channels_last, _precision(y)[0], BLOCK)
     return outputs
 
 
@@ -204,8 +205,6 @@ def skip_gradients(
     grad_residual, grad_shortcut = torch.empty_like(y), torch.empty_like(y)
     acc, dtype = _precision(y)
     partial = torch.empty(_grid(y), dtype=dtype, device=y.device)
-    with torch.cuda.device_of(y):
-        _skip_gradients[_grid(y)](
-            grad_residual, grad_shortcut, partial, grad, y, shortcut, weight, y[0].numel(), acc, BLOCK
-        )
+    tensors = grad_residual, grad_shortcut, partial, grad, y, shortcut, weight
+    _launch(_skip_gradients, _grid(y), *tensors, y[0].numel(), acc, BLOCK)
     return grad_residual, grad_shortcut, partial.sum().to(weight.dtype)
