@@ -72,7 +72,7 @@ def test_nets_of_other_arguments(tmp_path, name, args):
     assert torch.equal(timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x), net(x))
     config = json.loads((folder / 'config.json').read_text())
     alike = timm.create_model(  # as transformers makes it
-        config['architecture'], num_classes=config['num_classes'], **config.get('model_args', {})
+        config['architecture'], num_classes=config['num_classes'], **config['model_args']
     )
     alike.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
     assert torch.equal(alike.eval()(x), net(x))

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from checkpoints import results
+from checkpoints import make_checkpoint, results, trained_net
 from test_bad_checkpoints import Bomb
 
 from timm_weighted_skip import cli
@@ -114,6 +114,21 @@ def test_a_saved_run_says_nothing_of_other_weights_of_its_model(tmp_path):
     assert 'license: cc-by-nc-4.0' in (tmp_path / 'saved/README.md').read_text()
     (run / 'result.json').unlink()
     assert 'results' not in saved_config(run, tmp_path / 'unfinished')
+
+
+def test_what_was_measured_is_not_of_weights_that_were_trained_further(tmp_path):
+    folder, further = make_checkpoint(tmp_path), tmp_path / 'further'
+    assert 'results' in saved_config(folder, tmp_path / 'copy')
+    # As transformers saves a net of other classes: the rest of the config as it was.
+    config = json.loads((folder / 'config.json').read_text())
+    config.update(num_classes=2, label_names=[*'0123456789'])
+    further.mkdir()
+    (further / 'config.json').write_text(json.dumps(config))
+    weights = trained_net(num_classes=2).state_dict()
+    safetensors.torch.save_file(weights, further / 'model.safetensors', {'format': 'pt'})
+    saved = saved_config(further, tmp_path / 'saved')
+    assert not {'results', 'label_names'} & saved.keys()
+    assert saved['num_classes'] == 2
 
 
 def test_of_a_checkpoint_with_a_moving_average_the_average_is_loaded(tmp_path):

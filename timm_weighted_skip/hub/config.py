@@ -175,8 +175,8 @@ def model_config(
             '(--output FILE.safetensors) and load them into a net that is converted again'
         )
     num_classes: int = model.num_classes  # type: ignore[assignment]
-    if cfg.get('num_classes') != num_classes:
-        # These speak of the net's former classes.
+    if not cfg.get('num_classes') == num_classes == len(cfg.get('label_names', range(num_classes))):
+        # These speak of other classes than the net's.
         cfg = {k: v for k, v in cfg.items() if k not in ('label_names', 'label_descriptions', 'label_offset')}
     in_chans = input_channels(model)
     cfg.update(num_classes=num_classes, input_size=(in_chans, *cfg['input_size'][1:]))
@@ -197,8 +197,7 @@ def model_config(
     args = args_beside_weights(model_args or {})
     if in_chans != 3:
         args['in_chans'] = in_chans  # timm takes it from the input size, but transformers makes the net of these alone
-    if args:
-        config['model_args'] = args
+    config['model_args'] = args  # none as well: transformers would save a null, which timm 1.0.31 can't read
     if results:
         add_results(config, results)
     return config

@@ -6,6 +6,7 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from timm_weighted_skip.files import read_json
+from timm_weighted_skip.hub.checkpoint import validate_checkpoint
 from timm_weighted_skip.hub.config import Results
 from timm_weighted_skip.nets import FOREIGN, LAST, RESULT, architecture, find_net
 
@@ -32,8 +33,19 @@ def load_net_and_args(
     return model, {k: v for k, v in args.items() if k not in {'num_classes', 'in_chans', *FOREIGN}}
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint directory holds the weights that it was made of."""
+    try:
+        validate_checkpoint(folder)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def known_results(source: str) -> Optional[Results]:
     """What was measured of the net of `source`: a checkpoint directory's results, or a finished run's.
+
+    A directory that is not whole has none: transformers keeps the config's text where it saves weights trained further.
 
     Raises:
         ValueError: The file with the results is damaged.
@@ -41,7 +53,8 @@ def known_results(source: str) -> Optional[Results]:
     path = Path(source.removeprefix('local-dir:')).resolve()
     if (path / 'config.json').is_file():
         config = read_json(path / 'config.json')
-        return Results.from_dict(config['results'], str(path / 'config.json')) if 'results' in config else None
+        results = Results.from_dict(config['results'], str(path / 'config.json')) if 'results' in config else None
+        return results if results and _is_whole(path) else None
     folder = path.parent if path.name == LAST else path
     file, siblings = folder / RESULT, folder.parent / RESULT
     if not (folder / LAST).is_file() or not file.is_file():
