@@ -142,11 +142,14 @@ class ChecksInputSize:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[-2], x.shape[-1]
+        given = 'input'
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            if not torch.compiler.is_compiling():  # whose graph would be of the size that it writes into a text
+                given = f'input of {height}x{width} pixels'
         # Not a branch, so that tracing, scripting and exporting see no data-dependent control flow.
         torch._assert(
             (height >= self.min_input_size) & (width >= self.min_input_size),
-            f'input of {height}x{width} pixels is too small; '
-            f'this net takes {self.min_input_size}x{self.min_input_size} and more',
+            f'{given} is too small; this net takes {self.min_input_size}x{self.min_input_size} pixels and more',
         )
         x = self.forward_features(x)
         return self.forward_head(x)
