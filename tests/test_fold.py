@@ -7,7 +7,7 @@ from conftest import randomise
 from timm.layers import FilterResponseNormTlu2d
 from timm.models.resnet import ResNet
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import timm_weighted_skip
 from timm_weighted_skip.convert import fold
@@ -87,6 +87,28 @@ def test_units_that_cannot_be_folded_stay_weighted():
     loaded = timm.create_model('adaresnet20_cifar').double().eval()
     loaded.load_state_dict(folded.state_dict())
     assert torch.equal(loaded(x), folded(x))
+
+
+class Tanh(nn.Module):
+    def forward(self, weight):
+        return weight.tanh()
+
+    def right_inverse(self, weight):
+        return weight.atanh()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('last', [0.3, -0.3])
+def test_weights_may_be_computed_from_others(last):
+    net = trained('adaresnet14_cifar').double()
+    for block in (*net.layer1, *net.layer2, *net.layer3):
+        block.merge.weight.fill_(last if block is net.layer1[1] else 0.5)
+        parametrize.register_parametrization(block.merge, 'weight', Tanh())
+    folded, kept = fold(net)
+    assert kept == ([] if last > 0 else ['layer1.1'])
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert relative_error(folded(x), net(x)) < 1e-12
+    timm.create_model('adaresnet14_cifar' if kept else 'resnet14_cifar').load_state_dict(folded.state_dict())
 
 
 @torch.no_grad()

@@ -101,13 +101,10 @@ def _fold_units(net: ResNet, blocks: list[nn.Module]) -> list[nn.Module]:
             before = torch.ones_like(after)
         else:
             before = after * weight if foldable else after
-        # A merge of its own: units that shared a weight need not have the same one any more.
-        block.merge = copy.deepcopy(block.merge)
         if not foldable:
             kept.append(block)
-        elif block.merge.weight is not None:
-            block.merge.weight.fill_(1)
-            block.merge.init = 1.0
+        if block.merge.weight is not None:
+            block.merge = _own_merge(block.merge, torch.ones_like(weight) if foldable else weight)
         if before != 1 or after != 1:
             _check_homogeneous(net, block)
             _scale(net, block.conv1, CONVS, ('weight',), 1 / before)
@@ -122,6 +119,14 @@ def _fold_units(net: ResNet, blocks: list[nn.Module]) -> list[nn.Module]:
                 raise ValueError(f'{_name(net, module)} is {type(module).__name__}, whose input has one scale')
         _scale_affine(net, norm, after)
     return kept
+
+
+def _own_merge(merge: SkipWeight, weight: torch.Tensor) -> SkipWeight:
+    """A merge of that weight for one unit: units that shared one need not have the same any more."""
+    like, parameters = merge.weight, list(merge.parameters())  # which a weight that is computed is not among
+    own = SkipWeight(1.0, fixed=not parameters, device=like.device, dtype=like.dtype)
+    own.weight.copy_(weight)
+    return own.train(merge.training).requires_grad_(any(each.requires_grad for each in parameters))
 
 
 def _name(net: nn.Module, part: nn.Module) -> str:
