@@ -212,6 +212,29 @@ def test_a_layer_that_needs_single_operations_has_them(change, taken):
     assert len(taken) == READS - 1
 
 
+def write_to_a_map(layer, args):
+    args[0][1].zero_()
+
+
+def replace_a_map(layer, args):
+    args[0][1] = torch.zeros_like(args[0][1])
+
+
+@pytest.mark.parametrize('ablate', [write_to_a_map, replace_a_map])
+@torch.no_grad()
+def test_what_a_hook_does_to_the_list_of_maps_is_read(ablate, taken):
+    block, x = small_net(train=False).features.denseblock1, torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    whole = block(x)
+    assert len(taken) == 2
+    block.denselayer3.register_forward_pre_hook(ablate)
+    ours = block(x)
+    assert len(taken) == 3  # by the layer before
+    assert not torch.allclose(ours, whole)
+    set_fused_merge(False)
+    torch.testing.assert_close(ours, block(x))
+    set_fused_merge(True)
+
+
 class Adapter(nn.Module):
     """A convolution with a low-rank one beside it, which has of the first's attributes its weight alone."""
 

@@ -43,7 +43,7 @@ Moments = tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
 def can_buffer(x: torch.Tensor) -> bool:
     """Whether a dense block may keep its maps as this file does: on a CPU, whose cache the steps are made for."""
     # A proxy of FX has no device to compare. In bfloat16 the moments would be too coarse for a norm's statistics.
-    return is_eager(x) and x.device.type == 'cpu' and x.dtype != torch.bfloat16
+    return is_eager(x) and x.device.type == 'cpu' and x.dtype != torch.bfloat16 and x.ndim == 4
 
 
 class DenseFeatures(list):
@@ -57,7 +57,8 @@ class DenseFeatures(list):
     def __init__(self, channels: int, variance: bool) -> None:
         super().__init__()
         self.channels, self.variance = channels, variance
-        self.buffer: Any = None  # `Moments`; None again after a map that can't be written there
+        self.buffer: Any = None  # `Moments`; None again where it can't hold the maps
+        self.written: list[tuple[torch.Tensor, Optional[int]]] = []  # what it was made of, with torch's count of writes
 
     def append(self, x: torch.Tensor) -> None:
         if not self:
@@ -70,8 +71,16 @@ class DenseFeatures(list):
             fits = type(x) is torch.Tensor and x.dtype == self.storage.dtype and x.device == self.storage.device
             self.buffer = _Write.apply(x, self.variance, self.storage, *self.buffer) if fits else None
         super().append(x)
+        self.written.append((x, _version(x)))
+
+    def drop_if_changed(self) -> None:
+        """Drop the buffer if a hook on a layer, which is given this list, has put other maps into it or changed one."""
+        same = (x is own and _version(x) == version for x, (own, version) in zip(self, self.written))
+        if len(self) != len(self.written) or not all(same):
+            self.buffer = None
 
     def can_read(self, merge: nn.Module, norm: nn.Module) -> bool:
+        self.drop_if_changed()
         return self.buffer is not None and can_read(self.buffer[0], merge, norm)
 
     def read(self, merge: ActiveWeightedConcat, norm: BatchNormAct2d) -> torch.Tensor:
@@ -81,7 +90,12 @@ class DenseFeatures(list):
 
     def cat(self) -> torch.Tensor:
         """(N, C, H, W) all maps."""
+        self.drop_if_changed()
         return torch.cat(self, 1) if self.buffer is None else self.buffer[0]
+
+
+def _version(x: torch.Tensor) -> Optional[int]:
+    return None if x.is_inference() else x._version  # inference tensors count no writes
 
 
 def can_read(x: torch.Tensor, merge: nn.Module, norm: nn.Module) -> bool:
