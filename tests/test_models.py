@@ -4,6 +4,7 @@ import copy
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from timm_weighted_skip import mapping_units
 from timm_weighted_skip.models.names import model_names
+from timm_weighted_skip.models.resnet_released import CentredConv2d
 
 TO_TIMM = {
     **{f'awm_resnet{depth}': (f'resnet{depth}', {}) for depth in (18, 34, 50, 101, 152)},
@@ -395,6 +397,33 @@ def test_released_convolution_equals_the_plain_one(size):
     for y in (conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1)):
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *conv.parameters()])])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize('changed', [{'padding_mode': 'circular'}, {'groups': 2}])
+def test_released_convolution_of_another_kind_reads_all(changed):
+    plain = torch.nn.Conv2d(8, 8, 3, padding=1, **changed)
+    conv = copy.deepcopy(plain)
+    conv.__class__ = CentredConv2d
+    x = torch.randn(2, 8, 1, 1)
+    torch.testing.assert_close(conv(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ('name', 'argument'), [('awm_resnet14_cifar', 'stem_type'), ('resnet18_released', 'output_stride')]
+)
+def test_what_shapes_a_net_of_its_own_is_no_argument(name, argument):
+    with pytest.raises(ValueError, match=f'^{argument} can not be given: a .* has its own; leave it out'):
+        timm.create_model(name, **{argument: 16})
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = timm.create_model('awm_resnet14_cifar', in_chans=np.int64(1), hidden=np.int64(8), scale=np.float32(1))
+    assert model(torch.randn(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_images_without_a_batch_dimension_are_refused_in_words():
+    with pytest.raises(AssertionError, match='expected 4D input'):
+        timm.create_model('awm_densenet22_bc_cifar')(torch.randn(3, 32, 32))
 
 
 def test_released_convolution_of_one_pixel_reads_its_centre_alone():

@@ -1,7 +1,8 @@
 """What is refused, in one line that says what is allowed: values, devices, and images and classes that fit no net."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ __all__ = [
     'check_count',
     'check_device',
     'check_input_size',
+    'check_not_given',
     'input_channels',
     'is_finite_number',
 ]
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f'{name}={value!r} is not allowed; give a whole number of {least} or more')
 
 
@@ -29,7 +31,13 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_not_given(given: Mapping[str, object], fixed: Mapping[str, object], what: str) -> None:
+    """Refuse arguments that are `fixed` in `what`, such as 'a CIFAR ResNet'."""
+    if both := [name for name in given if name in fixed]:
+        raise ValueError(f'{", ".join(both)} can not be given: {what} has its own; leave it out')
 
 
 def input_channels(net: nn.Module) -> int:

@@ -112,7 +112,7 @@ def mapping_units(model: nn.Module, x: Optional[torch.Tensor] = None) -> list[Ma
         x: Images (N, C, H, W) to infer an AWM net's weights from, in eval mode.
 
     Raises:
-        ValueError: The net has no weighted mapping units, or a weight is NaN.
+        ValueError: The net has no weighted mapping units, a weight is NaN, or they are on the meta device.
     """
     model = unwrap_model(model)
     merges = named_merges(model)
@@ -122,5 +122,7 @@ def mapping_units(model: nn.Module, x: Optional[torch.Tensor] = None) -> list[Ma
         with eval_mode(model), gate_weights(model) as lam:
             model(x.to(like.device, like.dtype))
         weights.update(lam)
+    if any(weight.is_meta for weight in weights.values()):
+        raise ValueError('a net on the meta device has no weights to read; load them first')
     check_nan([name for name, weight in weights.items() if weight.isnan().any()], len(merges))
     return [MappingUnit(name, kind, weights.get(name)) for name, (kind, _) in merges.items()]

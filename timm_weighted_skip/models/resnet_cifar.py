@@ -12,6 +12,7 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 from torch import nn
 
+from timm_weighted_skip.checks import check_not_given
 from timm_weighted_skip.layers import skip_weights
 from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet, insert_before
 from timm_weighted_skip.models.pretrained import build, default_cfgs_of
@@ -42,6 +43,7 @@ class CifarResNet(WeightedResNet):
         stem_and_stages = dict(
             stem_type='deep', stem_width=8, channels=(16, 32, 64), replace_stem_pool=False, output_stride=32
         )
+        check_not_given(kwargs, stem_and_stages, 'a CIFAR ResNet')
         super().__init__(block, layers, merge, in_chans, **stem_and_stages, **kwargs)
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         self.conv1 = nn.Conv2d(in_chans, 16, kernel_size=3, padding=1, bias=False, **dd)

@@ -11,6 +11,7 @@ from timm.models.resnet import ResNet, downsample_avg, downsample_conv
 from torch import nn
 from torch.nn.functional import conv2d
 
+from timm_weighted_skip.checks import check_not_given
 from timm_weighted_skip.layers import skip_weights
 from timm_weighted_skip.models.blocks import WeightedBasicBlock, WeightedResNet
 from timm_weighted_skip.models.pretrained import build, default_cfgs_of
@@ -33,6 +34,7 @@ class CentredConv2d(nn.Conv2d):
                 and x.is_cpu
                 and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
                 and x.shape[2:] == (1, 1)
+                and (self.groups, self.padding, self.padding_mode) == (1, (1, 1), 'zeros')
             ):
                 return conv2d(x, self.weight[:, :, 1:2, 1:2], self.bias)
         return self._conv_forward(x, self.weight, self.bias)
@@ -46,7 +48,9 @@ class ReleasedResNet(WeightedResNet):
     """
 
     def __init__(self, block: type[WeightedBasicBlock], layers: tuple[int, ...], merge, in_chans: int = 3, **kwargs):
-        super().__init__(block, layers, merge, in_chans, output_stride=32, **kwargs)
+        fixed = dict(output_stride=32)
+        check_not_given(kwargs, fixed, 'a released net')
+        super().__init__(block, layers, merge, in_chans, **fixed, **kwargs)
         dd = {name: kwargs[name] for name in ('device', 'dtype') if name in kwargs}
         unit = self.layer1[0]
         width = unit.conv2.out_channels
