@@ -15,7 +15,7 @@ class CheckpointsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == 'editable':
             return  # the checkout's own hub_cards are found
-        for config in Path(self.root, 'hub_cards').glob('*/config.json'):
+        for config in Path(self.root, 'hub_cards').glob('[!.]*/config.json'):
             for file in (config, config.with_name('model.safetensors')):
                 if file.is_file() and file.stat().st_size < LARGEST:
                     build_data['force_include'][str(file)] = (

@@ -15,7 +15,7 @@ from test_pretrained import LOGITS
 
 from timm_weighted_skip import cli
 from timm_weighted_skip.hub import publish
-from timm_weighted_skip.hub.publish import _readdressed
+from timm_weighted_skip.hub.publish import _readdressed, publish_all
 from timm_weighted_skip.models.pretrained import HUB_OWNER
 
 TOKEN = 'hf_token_of_user'
@@ -200,6 +200,18 @@ def test_names_that_the_hub_would_not_take(hub, folder, repo_id, why):
     with pytest.raises(ValueError, match=why):
         publish(folder, repo_id, token=TOKEN)
     assert not hub.log
+
+
+def test_of_all_none_is_sent_if_one_has_no_name_and_what_a_killed_save_left_is_none(hub, tmp_path, folder):
+    for name in ('a.mine', 'b mine', '.c.left'):
+        shutil.copytree(folder, tmp_path / name)
+    with pytest.raises(ValueError, match="b mine' is not a name of the Hub"):
+        list(publish_all(tmp_path, 'me', token=TOKEN))
+    assert not hub.log
+    shutil.rmtree(tmp_path / 'b mine')
+    assert [line.partition(':')[0] for line in publish_all(tmp_path, 'me', dry_run=True)] == [
+        'would publish to the public repository me/a.mine'
+    ]
 
 
 def test_invalid_directory_sends_nothing(hub, tmp_path):

@@ -67,6 +67,18 @@ def _readdressed(card: str, repo_id: str) -> str:
     return re.sub(rf'^(# Model card for|- name:) {re.escape(own)}$', rf'\1 {new}', card, flags=re.MULTILINE)
 
 
+def _check_repo_id(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f'{repo_id!r} is not a name of the Hub: {error}') from None
+    if '/' not in repo_id:
+        raise ValueError(f'{repo_id!r} has no owner; give --repo-id OWNER/NAME')
+
+
 def publish(
     folder: Path,
     repo_id: Optional[str] = None,
@@ -95,17 +107,11 @@ def publish(
         OSError: The Hub refused or could not be reached, and why.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(folder)
     repo_id = repo_id or f'{HUB_OWNER}/{folder.resolve().name}'
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f'--repo-id {repo_id!r} is not a name of the Hub: {error}') from None
-    if '/' not in repo_id:
-        raise ValueError(f'--repo-id {repo_id!r} has no owner; give OWNER/NAME')
+    _check_repo_id(repo_id)
     validate_checkpoint(folder)
     contents = {name: (folder / name).read_bytes() for name in FILES}
     contents['README.md'] = _readdressed(contents['README.md'].decode(), repo_id).encode()
@@ -145,15 +151,17 @@ def publish_all(
 ) -> Iterator[str]:
     """Publish every checkpoint directory in `root` under `owner` (by default `HUB_OWNER`); yields as `publish` returns.
 
-    All of them are validated before the first is sent.
+    All of them are validated before the first is sent. A hidden folder is what a killed `save` has left.
 
     Raises:
         ValueError, OSError: There is none, or as `publish`.
     """
-    folders = sorted(file.parent for file in Path(root).glob('*/config.json'))
+    folders = sorted(file.parent for file in Path(root).glob('[!.]*/config.json'))
     if not folders:
         raise FileNotFoundError(f'{root} holds no checkpoint directories')
-    for folder in folders:
+    repositories = {folder: f'{owner or HUB_OWNER}/{folder.name}' for folder in folders}
+    for folder, repo_id in repositories.items():
+        _check_repo_id(repo_id)
         validate_checkpoint(folder)
-    for folder in folders:
-        yield publish(folder, f'{owner or HUB_OWNER}/{folder.name}', private, dry_run, token)
+    for folder, repo_id in repositories.items():
+        yield publish(folder, repo_id, private, dry_run, token)
