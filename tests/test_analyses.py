@@ -105,6 +105,14 @@ def test_extremes_are_the_images_of_the_lowest_and_highest_sums():
         extreme_images(collected(weights, [0] * 5, ['concat'] * 2), ['cat'], lambda i: None)
 
 
+def test_grey_images_are_drawn_as_they_are_and_names_stay_in_legends():
+    result = extreme_images(collected([[0.1], [0.9]], [0, 0]), ['cat'], lambda i: Image.new('L', (4, 4), 100 + i), 1)
+    drawn = [axes.images[0] for axes in result.figures['extremes']().axes if axes.images]
+    assert [image.get_clim() for image in drawn] == [(0, 255)] * 2
+    (axes,) = group_variance({'_a': CIFAR10, 'b': MNIST}, UNITS).figures['variance']().axes
+    assert [text.get_text().split(':')[0] for text in axes.get_legend().get_texts()] == [r'$\_$a', 'b']
+
+
 def blobs(rng, images, spread, classes=4, dims=6):
     means = np.random.default_rng(1).normal(size=(classes, dims))
     labels = np.arange(images) % classes
@@ -280,6 +288,10 @@ def test_a_report_refers_to_nothing_outside_itself_and_escapes():
     assert all(link.startswith(('data:image/', '#')) for link in links)
     assert not re.search(r'url\(|@import|<script', page)
     assert '&lt;a&gt; &amp; b' in page
+
+
+def test_a_cell_of_markdown_stays_one():
+    assert Table(['a'], [['x | <b>\ny']]).markdown() == '| a |\n| --- |\n| x \\| &lt;b&gt; y |'
 
 
 def test_json_has_no_numbers_that_are_not_finite():

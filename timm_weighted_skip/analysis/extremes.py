@@ -71,6 +71,7 @@ def _draw(sheet: dict[str, list[tuple[Image.Image, str, float]]], columns: int =
             axes.spines[:].set_visible(False)
             if entry is not None:
                 image, name, value = entry
-                axes.imshow(image, cmap='gray' if image.mode == 'L' else None, interpolation='none')
+                shown = image if image.mode == 'L' else image.convert('RGB')
+                axes.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='none')  # grey as it is, not stretched
                 axes.set_xlabel(f'{literal(name)}\n$\\Sigma\\lambda_1$ = {value:.3f}', fontsize=7)
     return figure

@@ -69,8 +69,9 @@ def colour(index: int) -> tuple[str, str]:
 
 
 def literal(text: str) -> str:
-    """`text` for a figure as it is, dollars included, between which matplotlib reads mathematics."""
-    return text.replace('$', r'\$')
+    """`text` for a figure as it is; matplotlib reads mathematics between dollars, and hides what begins with `_`."""
+    text = text.replace('$', r'\$')
+    return rf'$\_${text[1:]}' if text.startswith('_') else text
 
 
 def label_units(axes: 'Axes', units: Sequence[str], names: bool = True, letter: float = 0.02) -> None:

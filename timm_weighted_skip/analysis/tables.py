@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from timm_weighted_skip.files import write_file
+from timm_weighted_skip.markdown import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,9 +61,7 @@ class Table:
 
     def markdown(self, right: bool = False) -> str:
         """For a README; with `right`, all columns but the first are put to the right."""
-        rule = ['---', *['---:' if right else '---'] * (len(self.columns) - 1)]
-        lines = [self.columns, rule, *self.cells()]
-        return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+        return markdown_table(self.columns, self.cells(), right)
 
     def csv(self) -> str:
         """In full precision."""

@@ -10,6 +10,7 @@ from timm_weighted_skip.costs import count_costs
 from timm_weighted_skip.files import read_json
 from timm_weighted_skip.hub.checkpoint import build_net
 from timm_weighted_skip.hub.config import Results, accuracy
+from timm_weighted_skip.markdown import markdown_table
 
 __all__ = ['model_card']
 
@@ -89,12 +90,12 @@ def _block(text: str, language: str = 'python') -> str:
 
 def _results_section(results: Results, name: str) -> str:
     rows = {f'**{name}**': results.top1, **results.comparison}
-    table = '\n'.join(f'| {name} | {accuracy(top1)} |' for name, top1 in rows.items())
+    table = markdown_table(['model', 'top-1'], [[name, accuracy(top1)] for name, top1 in rows.items()])
     return (
         f'Top-1 accuracy in % on the {results.split} split of {results.dataset} after the last of {results.epochs} '
         'epochs: mean ± standard deviation over n trainings, one per seed. The weights here are those of '
         f'seed {results.seed}, with {results.own:.2f} %.\n\n'
-        f'| model | top-1 |\n|---|---|\n{table}\n'
+        f'{table}\n'
     )
 
 
