@@ -28,6 +28,7 @@ from timm_weighted_skip.files import read_json, write_file
 from timm_weighted_skip.hub import Results, save_checkpoint, update_results
 from timm_weighted_skip.hub.checkpoint import build_net
 from timm_weighted_skip.hub.source import known_results, load_net_and_args
+from timm_weighted_skip.markdown import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,10 +93,6 @@ def compare(ours: Sequence[float], baseline: Sequence[float]) -> tuple[str, str]
     return f'{difference} [{low:+.2f}, {high:+.2f}]', verdict
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return Table(columns, rows).markdown()
-
-
 def accuracy_table(manifest: Manifest, experiment: Experiment) -> str:
     """One line per run of an experiment: ours, the paper's, and the comparison with the baseline."""
     rows = []
@@ -113,7 +110,7 @@ def accuracy_table(manifest: Manifest, experiment: Experiment) -> str:
         ours = map(spread, accuracies) if results else ['not run', '-', '-', '-']
         rows.append([run.name, str(run.epochs()), *ours, reported(run.paper), run.baseline or '-', *compared])
     measured = ['training (%)', 'last epoch (%)', 'last three (%)', 'best epoch (%)']
-    return markdown(['run', 'epochs', *measured, 'paper (%)', 'baseline', 'difference', 'verdict'], rows)
+    return markdown_table(['run', 'epochs', *measured, 'paper (%)', 'baseline', 'difference', 'verdict'], rows)
 
 
 def _curves(experiment: Experiment, results: dict[str, dict[int, dict[str, Any]]]) -> list[Curve]:
@@ -135,7 +132,7 @@ def sizes_table(results: dict[int, dict[str, Any]], paper: list[list[float]]) ->
         [name, spread(ours), spread(theirs), compare(ours, theirs)[0]]
         for name, ours, theirs in zip(names, np.abs(w).tolist(), np.abs(paper).tolist(), strict=True)
     ]
-    return markdown(['unit', 'ours', 'paper', 'difference'], rows)
+    return markdown_table(['unit', 'ours', 'paper', 'difference'], rows)
 
 
 def lam1(unit: dict[str, Any]) -> tuple[float, float]:
@@ -275,7 +272,7 @@ class Report:
             rows.append([job.name, f'{result["wall_time"] / 60:.1f}', speed, where, commit])
         finished = f'{len(rows)} of {len(jobs)} runs of the manifest are finished; the tables above tell which.'
         marked = 'After a commit, `+` tells of changes that were not committed.'
-        return f'{finished} {marked}\n\n{markdown(["run", "minutes", "images/s", "device", "commit"], rows)}'
+        return f'{finished} {marked}\n\n{markdown_table(["run", "minutes", "images/s", "device", "commit"], rows)}'
 
     def summary(self) -> str:
         """For the README: every finished comparison in a line, an experiment's title in its first."""
@@ -293,7 +290,7 @@ class Report:
                 title = ''
         measured = ['accuracy (%)', 'its baseline (%)', 'difference', 'verdict']
         columns = ['experiment', 'run', *measured, 'paper: run / baseline (%)']
-        return markdown(columns, rows) if rows else 'No comparison is finished.'
+        return markdown_table(columns, rows) if rows else 'No comparison is finished.'
 
 
 def fill(path: Path, sections: dict[str, Optional[str]]) -> None:
@@ -318,7 +315,7 @@ def fill(path: Path, sections: dict[str, Optional[str]]) -> None:
 def checkpoint_table(root: Path) -> str:
     """The checkpoint directories whose configs say what was measured, and that."""
     rows = []
-    for file in sorted(root.glob('*/config.json')):
+    for file in sorted(root.glob('[!.]*/config.json')):
         config = read_json(file)
         if 'results' not in config:
             continue
@@ -331,7 +328,7 @@ def checkpoint_table(root: Path) -> str:
         counts = f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e6:.1f}'
         rows.append([name, results.dataset, str(results.epochs), *accuracies, *counts])
     columns = ['checkpoint', 'data', 'epochs', 'top-1 (%)', 'mean ± std (n)', 'params (M)', 'MACs (M)']
-    return markdown(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def write_report(manifest: Manifest) -> None:
@@ -352,10 +349,12 @@ def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]])
     first = results[run.seeds[0]]
     group = {run, manifest.baseline(run)} - {None}
     others = [o for o in manifest.runs.values() if o is not run and group & {o, manifest.baseline(o)}]
-    comparison = {
-        f'{other.model} ({other.about})' if other.about else other.model: last_top1(read_results(manifest, other))
-        for other in others
-    }
+    without = [each.model for each in (run, *others) if not each.about]
+    comparison = {}
+    for other in others:
+        about = other.about or (other.name if without.count(other.model) > 1 else '')
+        name = f'{other.model} ({about})' if about else other.model
+        comparison[name] = last_top1(read_results(manifest, other))
     command = f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}'
     of_all = {'seeds': list(results), 'last': {'top1': last_top1(results)}}
     return replace(
@@ -364,6 +363,11 @@ def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]])
         description=run.about and f'{run.about[0].upper()}{run.about[1:]}.',
         comparison={name: [round(value, 2) for value in top1] for name, top1 in comparison.items() if top1},
     )
+
+
+def _which(results: Results) -> str:
+    """The training of a checkpoint's own weights: what was trained again elsewhere has another accuracy."""
+    return f'`{results.recipe}` with {results.own:.2f} %'
 
 
 def write_checkpoints(manifest: Manifest, runs: Path, root: Path) -> None:
@@ -379,9 +383,9 @@ def write_checkpoints(manifest: Manifest, runs: Path, root: Path) -> None:
             if folder.exists():
                 there = known_results(str(folder))
                 measured = results_of(manifest, run, results)
-                if there is None or there.recipe != measured.recipe:
-                    of = 'no known run' if there is None else there.recipe
-                    raise ValueError(f'{folder} is of {of}, not of {measured.recipe}; remove it first')
+                known = 'no known run' if there is None else _which(there)
+                if known != _which(measured):
+                    raise ValueError(f'{folder} is of {known}, not of {_which(measured)}; remove it first')
                 update_results(folder, measured)
                 continue
             model, model_args = load_net_and_args(str(runs / Job(run, run.seeds[0]).name))

@@ -188,7 +188,13 @@ def test_runs_are_worked_off_once_reported_and_made_into_checkpoints(tmp_path, m
     comparison = json.loads((folder / 'config.json').read_text())['results']['comparison']
     assert list(comparison) == ['resnet14_cifar', 'awm_resnet14_cifar (at once)']
 
-    # Another training's accuracies are not put beside these weights.
+    # Another training's accuracies are not put beside these weights, be it of the same command elsewhere.
+    measured_here = of_awm.read_text()
+    own = json.loads(measured_here)['last']['top1']
+    of_awm.write_text(measured_here.replace(f'"top1": {own}', '"top1": 12.34'))
+    with pytest.raises(ValueError, match=rf'with {own:.2f} %, not of .* with 12\.34 %; remove it first'):
+        report.write_checkpoints(manifest, tmp_path / 'runs', cards)
+    of_awm.write_text(measured_here)
     (tmp_path / 'manifest.yaml').write_text(MANIFEST.replace('lr: 0.02', 'lr: 0.03'))
     for file in (tmp_path / 'results').rglob('*.json'):
         file.write_text(file.read_text().replace('"lr": 0.02', '"lr": 0.03'))

@@ -67,10 +67,11 @@ class Results:
         for name, values in {'top1': self.top1, **self.comparison}.items():
             if not values or not all(is_finite_number(v) and 0 <= v <= 100 for v in values):
                 raise ValueError(f'results: {name}={values!r} is not allowed; give accuracies in %, one per seed')
-        if len(self.seeds) != len(self.top1) or self.seed not in self.seeds:
+        whole = all(type(seed) is int for seed in self.seeds)
+        if not whole or not len({*self.seeds}) == len(self.seeds) == len(self.top1) or self.seed not in self.seeds:
             raise ValueError(
-                f'results: seeds={self.seeds!r} and seed={self.seed!r} do not fit top1={self.top1!r}; give one seed '
-                'per accuracy, and as seed the one whose weights these are'
+                f'results: seeds={self.seeds!r} and seed={self.seed!r} do not fit top1={self.top1!r}; give one seed of '
+                'its own per accuracy, and as seed the one whose weights these are'
             )
 
     @classmethod
