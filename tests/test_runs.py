@@ -95,6 +95,7 @@ def test_a_net_that_began_as_a_folders_is_known_elsewhere_and_without_it(tmp_pat
     result = tmp_path / 'run' / 'result.json'
     assert '--model local-dir:from --data' in json.loads(result.read_text())['command']  # not where it lay
     result.unlink()
+    (tmp_path / 'from/model.safetensors').unlink()  # the run has its own by now
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir('elsewhere')
     assert main(['train', '--resume', str(tmp_path / 'run')]) == 0
@@ -116,7 +117,10 @@ def test_images_to_test_of_other_classes_are_refused(tmp_path, capsys):
     for split, classes in (('train', 'abcd'), ('test', 'abdc')):
         np.savez(tmp_path / f'own_{split}.npz', images=images, labels=labels, classes=[*classes])
     assert train(tmp_path, '--data', 'own', '--data-dir', str(tmp_path), '--batch-size', '2') == 1
-    assert '4 classes to train and 4 to test, or in another order' in capsys.readouterr().err
+    assert '4 classes to train and 4 to test, and they are in another order' in capsys.readouterr().err
+    np.savez(tmp_path / 'own_test.npz', images=images, labels=labels, classes=[*'abce'])
+    assert train(tmp_path, '--data', 'own', '--data-dir', str(tmp_path), '--batch-size', '2') == 1
+    assert '4 classes to train and 4 to test, and only one set has d, e' in capsys.readouterr().err
 
 
 def test_a_run_too_short_for_its_gates_says_so(tmp_path, capsys):

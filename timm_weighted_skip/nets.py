@@ -66,7 +66,7 @@ class Trained:
         classes: Names of the classes.
         input_size: (C, H, W) of the images, which are trained on as they are.
         mean, std: Per channel, of pixels in [0, 1].
-        license: Of the weights that the training began with, if that is known.
+        license: Of the weights that the training began with, if it began with some.
     """
 
     model: str
@@ -123,7 +123,7 @@ class Trained:
         shape = {'num_classes': len(self.classes), 'in_chans': self.input_size[0]}
         config = {
             **UNKNOWN,
-            **({'license': self.license} if self.license else {}),
+            'license': self.license,
             'num_classes': len(self.classes),
             'input_size': tuple(self.input_size),
             'pool_size': self._pool_size(),

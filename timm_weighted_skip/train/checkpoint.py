@@ -18,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 
 from timm_weighted_skip.files import first_sentence, replacing, write_file
 
-__all__ = ['link', 'read_checkpoint', 'save_checkpoint', 'weights_file']
+__all__ = ['has_checkpoint', 'link', 'read_checkpoint', 'save_checkpoint', 'weights_file']
 
 WEIGHTS, STATE = '.safetensors', '.pth.tar'
 
@@ -43,6 +43,10 @@ def _stems(folder: Path) -> list[tuple[int, Path]]:
         (re.fullmatch(r'checkpoint-(\d+)', path.name.removesuffix(STATE)), path) for path in folder.glob('*' + STATE)
     ]
     return sorted((int(m[1]), path.with_name(m[0])) for m, path in found if m)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return bool(_stems(folder))
 
 
 def save_checkpoint(

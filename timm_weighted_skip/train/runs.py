@@ -29,7 +29,7 @@ from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import load_image_set
 from timm_weighted_skip.files import read_json, write_file
 from timm_weighted_skip.nets import ARGS, FOREIGN, LAST, LOG, RESULT, Trained, architecture
-from timm_weighted_skip.train.checkpoint import link, read_checkpoint, save_checkpoint, weights_file
+from timm_weighted_skip.train.checkpoint import has_checkpoint, link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe
 from timm_weighted_skip.train.task import Task, command_of
 from timm_weighted_skip.train.trainer import EpochStopped, Trainer, make_net, stop_signals
@@ -140,16 +140,20 @@ def run(task: Task, folder: Path, analysis: Optional[Analysis] = None) -> dict:
     train = load_image_set(task.data, True, task.data_dir, task.download)
     test = load_image_set(task.data, False, task.data_dir, task.download)
     if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        which = f'only one set has {", ".join(odd[:3])}' if odd else 'they are in another order'
         raise ValueError(
-            f'{len(train.classes)} classes to train and {len(test.classes)} to test, or in another order; give both '
-            'sets the same (an npz without `classes` is taken to have those of its labels alone)'
+            f'{len(train.classes)} classes to train and {len(test.classes)} to test, and {which}; give both sets the '
+            'same (an npz without `classes` is taken to have those of its labels alone, a folder those with images)'
         )
     random_seed(recipe.seed)
-    net = make_net(task.model, train, task.pretrained, **recipe.model_kwargs)
+    # A checkpoint replaces all weights: those that the run began with need not be there any more.
+    begins = task.pretrained and not has_checkpoint(folder)
+    net = make_net(task.model, train, begins, **recipe.model_kwargs)
     trainer = Trainer(net, recipe, train, test, task.device)
     if 0 < trainer.epochs <= recipe.alternate_freeze:
-        begins = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
-        print(f'no epoch of {trainer.epochs} trains the gates: {begins}', file=sys.stderr)
+        first = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
+        print(f'no epoch of {trainer.epochs} trains the gates: {first}', file=sys.stderr)
     book = _resume(task, folder, trainer)
     _note_machine(trainer, book['machines'])
     with tqdm(
@@ -234,7 +238,8 @@ def _trained(task: Task, trainer: Trainer) -> Trained:
     kwargs = {name: value for name, value in {**arguments, **task.recipe.model_kwargs}.items() if name not in FOREIGN}
     config: Any = trainer.net.pretrained_cfg
     mean, std = list(trainer.mean), list(trainer.std)
-    return Trained(model, kwargs, list(batches.classes), size, mean, std, config.get('license'))
+    began = config.get('license') if task.pretrained else None
+    return Trained(model, kwargs, list(batches.classes), size, mean, std, license=began)
 
 
 def _save(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
