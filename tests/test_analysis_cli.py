@@ -200,6 +200,9 @@ def test_images_from_npz_and_folders(folder, tmp_path, capsys):
     for command in ('inspect', 'extremes', 'eval'):  # no other image takes its place
         assert main([command, str(folder), '--data', 'folder', '--data-dir', str(tmp_path)]) == 1
         assert 'test/9/0.png is not a readable image' in capsys.readouterr().err
+    options = ['--data', 'folder', '--data-dir', str(tmp_path), '--workers', '1']
+    assert main(['inspect', str(folder), *options]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f'weighted-skip: {path}')
 
 
 def npz(path, images, classes=10, first=0):

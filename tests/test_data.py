@@ -153,6 +153,15 @@ def test_a_folders_classes_have_timms_numbers(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(OSError, match=r'ant/a\.png is not a readable image'):
         load_image_set('folder', True, tmp_path)
+    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(path)
+    with pytest.raises(OSError, match=r'ant/a\.png .* mode I;16, have more than 8 bits; save it with 8'):
+        load_image_set('folder', True, tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
+    data = path.read_bytes()
+    second = data.index(b'IDAT', data.index(b'IDAT') + 4)
+    path.write_bytes(data[: second - 4] + bytes(4) + data[second:])
+    with pytest.raises(OSError, match=r'ant/a\.png is not a readable image: broken PNG'):  # a SyntaxError to Pillow
+        load_image_set('folder', True, tmp_path)
 
 
 def test_torchvisions_files_are_read_by_training_and_by_analyses(tmp_path):

@@ -400,7 +400,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         args = build_parser().parse_args(argv)
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        print(f'weighted-skip: {error}', file=sys.stderr)
+        text = str(error)
+        if text.startswith('Caught '):  # by torch in a process that loads images: the message is behind a traceback
+            text = text.rstrip().rpartition('\n')[2].partition(': ')[2]
+        print(f'weighted-skip: {text}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

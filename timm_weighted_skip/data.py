@@ -118,13 +118,17 @@ def read_image(data: ImageDataset, index: int) -> tuple[Image.Image, int]:
     """An image and its class number, where indexing `data` gives the next image in place of one that can't be read.
 
     Raises:
-        OSError: It is not a readable image.
+        OSError: It is not a readable image of 8 bits.
     """
     stream, label = data.reader[index]
     try:
         with stream:
-            return Image.open(stream).convert('RGB'), label
-    except OSError as error:
+            image = Image.open(stream)
+            if image.mode[0] in 'IF':  # of which Pillow would make white
+                raise OSError(f'its pixels, of mode {image.mode}, have more than 8 bits; save it with 8')
+            return image.convert('RGB'), label
+    # Pillow raises the others for damaged PNGs and for images beyond all measure.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f'{data.filename(index, absolute=True)} is not a readable image: {error}') from None
 
 
