@@ -109,7 +109,7 @@ def discriminate_result(args: argparse.Namespace) -> Result:
 
 def _of_seeds(folder: Path) -> list[Path]:
     """The runs of a training of several seeds; another folder itself."""
-    return sorted(path for path in folder.glob('seed*') if path.is_dir()) or [folder]
+    return sorted(path for path in folder.glob('seed[0-9]*') if path.is_dir()) or [folder]
 
 
 def curve_result(args: argparse.Namespace) -> Result:
