@@ -301,6 +301,11 @@ def test_period_is_a_number_of_epochs(period):
         AlternateFreezing(period)
 
 
+def test_a_scripted_net_is_refused_for_what_it_is():
+    with pytest.raises(ValueError, match='a scripted net can not be trained in phases; leave out --torchscript'):
+        AlternateFreezing(1)(torch.jit.script(make_net()), 0)
+
+
 @pytest.mark.parametrize('kwargs', [dict(count='both'), dict(freeze='all')])
 def test_unknown_choices_are_refused(kwargs):
     with pytest.raises(ValueError, match='choose one of'):

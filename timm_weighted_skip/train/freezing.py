@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import torch
 from timm.layers import use_reentrant_ckpt
 from timm.utils import unwrap_model
 from torch import nn
@@ -143,6 +144,8 @@ class AlternateFreezing:
 def _gates(model: nn.Module) -> set[nn.Parameter]:
     """The parameters of the gates of a net that can be trained in phases."""
     net = unwrap_model(model)
+    if isinstance(net, torch.jit.ScriptModule):
+        raise ValueError('a scripted net can not be trained in phases; leave out --torchscript, or train with period 0')
     gates = {p for m in net.modules() if isinstance(m, Gate) for p in m.parameters()}
     if not gates:
         raise ValueError(

@@ -23,6 +23,15 @@ from timm_weighted_skip.train.recipe import Recipe, add_option
 
 __all__ = ['add_arguments', 'install']
 
+# What else `create_loader` would do to images where it is asked to. --color-jitter, which it does unasked, is left out.
+AUGMENTATIONS = {
+    're_prob': '--reprob',
+    'auto_augment': '--aa',
+    'vflip': '--vflip',
+    'grayscale_prob': '--grayscale-prob',
+    'gaussian_blur_prob': '--gaussian-blur-prob',
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of alternating training to train.py's parser, under the names that recipes use."""
@@ -116,8 +125,10 @@ def _with_pad_crop(create_loader: Callable, pad_crop: int) -> Callable:
             return loader
         if options.get('num_aug_splits'):
             raise SystemExit('train.py: --pad-crop makes one image of an image; leave out --aug-splits')
-        if options['re_prob']:
-            raise SystemExit('train.py: --pad-crop augments by crops and flips only; leave out --reprob')
+        if options.get('use_multi_epochs_loader'):
+            raise SystemExit('train.py: --pad-crop comes too late for it; leave out --use-multi-epochs-loader')
+        if others := [name for option, name in AUGMENTATIONS.items() if options.get(option)]:
+            raise SystemExit(f'train.py: --pad-crop augments by crops and flips only; leave out {", ".join(others)}')
         size = options['input_size'][-2:]
         steps = [
             transforms.Resize(size),
