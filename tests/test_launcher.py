@@ -254,7 +254,11 @@ def test_pad_crop_is_the_trainers(images):
             dataset = ImageDataset(str(images), split='train')
             script.create_loader(dataset, (3, 32, 32), 4, use_prefetcher=prefetcher, **{**options, **as_it_is})
             assert not any(isinstance(step, RandomCrop) for step in dataset.transform.transforms)
-    for others, message in ((dict(re_prob=0.1), '--reprob'), (dict(num_aug_splits=2), '--aug-splits')):
+    for others, message in (
+        (dict(re_prob=0.1, auto_augment='rand-m9'), '--reprob, --aa'),
+        (dict(num_aug_splits=2), '--aug-splits'),
+        (dict(use_multi_epochs_loader=True), '--use-multi-epochs-loader'),
+    ):
         with pytest.raises(SystemExit, match=f'leave out {message}'):
             script.create_loader(dataset, (3, 32, 32), 4, **options, **others)
 
@@ -297,13 +301,22 @@ def test_a_fetched_script_is_pinned_and_kept(tmp_path, monkeypatch):
     assert launcher.find_script().read_bytes() == b'print()'
 
 
-def test_another_script_is_looked_for_beside_train_py(tmp_path):
+def test_another_script_is_looked_for_beside_train_py(tmp_path, monkeypatch):
     for name in ('train', 'validate'):
         (tmp_path / f'{name}.py').touch()
     assert launcher.find_script('validate', str(tmp_path / 'train.py')) == tmp_path / 'validate.py'
     assert launcher.find_script('validate', str(tmp_path)) == tmp_path / 'validate.py'
     with pytest.raises(OSError, match=r'benchmark\.py is not there'):
         launcher.find_script('benchmark', str(tmp_path))
+    (tmp_path / 'train.py').rename(tmp_path / 'mine.py')
+    monkeypatch.setenv('TIMM_TRAIN_SCRIPT', str(tmp_path / 'mine.py'))
+    assert [launcher.find_script(name).name for name in ('train', 'validate')] == ['mine.py', 'validate.py']
+
+
+@pytest.mark.parametrize('given', [['-c', 'awm_cifar'], ['-cawm_cifar'], ['-c=awm_cifar'], ['--config=awm_cifar']])
+def test_a_recipe_may_be_named_in_every_way_of_argparse(given):
+    named = ' '.join(launcher._name_recipe([*given, '-b', '8']))
+    assert named == ' '.join(given).replace('awm_cifar', str(recipe_path('awm_cifar'))) + ' -b 8'
 
 
 @pytest.mark.skipif(REAL is None, reason=WHY_NOT)

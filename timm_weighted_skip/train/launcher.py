@@ -54,10 +54,10 @@ def find_script(name: str = 'train', given: Optional[str] = None) -> Path:
     Raises:
         OSError: It is not where it was said to be, or is nowhere and can't be fetched.
     """
-    given = given or os.environ.get('TIMM_TRAIN_SCRIPT')
-    if given:
-        path = Path(given)
-        if path.is_dir() or path.stem in SHA256:
+    train = os.environ.get('TIMM_TRAIN_SCRIPT')
+    if given or train:
+        path = Path(given or train or '')
+        if path.is_dir() or path.stem in SHA256 or (name != 'train' and not given):
             path = (path if path.is_dir() else path.parent) / f'{name}.py'
         if not path.is_file():
             raise OSError(
@@ -88,7 +88,7 @@ def load_script(path: Path) -> ModuleType:
     Raises:
         ImportError: It does not fit the installed timm, needs another package, or is no script.
     """
-    sys.path.insert(0, str(path.parent.resolve()))
+    sys.path.append(str(path.parent.resolve()))  # at the end, as a clone has a timm of its own
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ImportError(f'{path} is not a Python script')
@@ -119,12 +119,14 @@ def _name_recipe(arguments: list[str]) -> list[str]:
     """
     replaced = list(arguments)
     for i, argument in enumerate(arguments):
-        option, _, value = argument.partition('=')
+        option, equals, value = argument.partition('=')
+        if option.startswith('-c') and len(option) > 2:  # -cNAME
+            option, equals, value = '-c', '', argument[2:]
         if option in ('-c', '--config'):
             where = i if value else i + 1
             name = value or (arguments[where] if where < len(arguments) else '')
             if name and not Path(name).is_file():
-                replaced[where] = f'{option}={recipe_path(name)}' if value else str(recipe_path(name))
+                replaced[where] = f'{option}{equals}{recipe_path(name)}' if value else str(recipe_path(name))
     return replaced
 
 
