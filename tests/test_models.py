@@ -412,7 +412,7 @@ def test_released_convolution_of_another_kind_reads_all(changed):
     ('name', 'argument'), [('awm_resnet14_cifar', 'stem_type'), ('resnet18_released', 'output_stride')]
 )
 def test_what_shapes_a_net_of_its_own_is_no_argument(name, argument):
-    with pytest.raises(ValueError, match=f'^{argument} can not be given: a .* has its own; leave it out'):
+    with pytest.raises(TypeError, match=f'^{argument} can not be given: a .* has its own; leave it out'):
         timm.create_model(name, **{argument: 16})
 
 

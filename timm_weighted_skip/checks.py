@@ -37,7 +37,7 @@ def is_finite_number(value: object) -> bool:
 def check_not_given(given: Mapping[str, object], fixed: Mapping[str, object], what: str) -> None:
     """Refuse arguments that are `fixed` in `what`, such as 'a CIFAR ResNet'."""
     if both := [name for name in given if name in fixed]:
-        raise ValueError(f'{", ".join(both)} can not be given: {what} has its own; leave it out')
+        raise TypeError(f'{", ".join(both)} can not be given: {what} has its own; leave it out')
 
 
 def input_channels(net: nn.Module) -> int:

@@ -70,8 +70,8 @@ class Results:
         whole = all(type(seed) is int for seed in self.seeds)
         if not whole or not len({*self.seeds}) == len(self.seeds) == len(self.top1) or self.seed not in self.seeds:
             raise ValueError(
-                f'results: seeds={self.seeds!r} and seed={self.seed!r} do not fit top1={self.top1!r}; give one seed of '
-                'its own per accuracy, and as seed the one whose weights these are'
+                f'results: seeds={self.seeds!r} and seed={self.seed!r} do not fit top1={self.top1!r}; give one seed '
+                'per accuracy, none twice, and as seed the one whose weights these are'
             )
 
     @classmethod
