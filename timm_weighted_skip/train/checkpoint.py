@@ -46,6 +46,7 @@ def _stems(folder: Path) -> list[tuple[int, Path]]:
 
 
 def has_checkpoint(folder: Path) -> bool:
+    """Whether `read_checkpoint` has one to read."""
     return bool(_stems(folder))
 
 

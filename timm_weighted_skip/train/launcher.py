@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 import urllib.request
 from collections.abc import Sequence
@@ -54,10 +55,11 @@ def find_script(name: str = 'train', given: Optional[str] = None) -> Path:
     Raises:
         OSError: It is not where it was said to be, or is nowhere and can't be fetched.
     """
-    train = os.environ.get('TIMM_TRAIN_SCRIPT')
-    if given or train:
-        path = Path(given or train or '')
-        if path.is_dir() or path.stem in SHA256 or (name != 'train' and not given):
+    beside = name != 'train' and not given  # the variable names train.py, whatever that is called
+    given = given or os.environ.get('TIMM_TRAIN_SCRIPT')
+    if given:
+        path = Path(given)
+        if path.is_dir() or path.stem in SHA256 or beside:
             path = (path if path.is_dir() else path.parent) / f'{name}.py'
         if not path.is_file():
             raise OSError(
@@ -119,14 +121,14 @@ def _name_recipe(arguments: list[str]) -> list[str]:
     """
     replaced = list(arguments)
     for i, argument in enumerate(arguments):
-        option, equals, value = argument.partition('=')
-        if option.startswith('-c') and len(option) > 2:  # -cNAME
-            option, equals, value = '-c', '', argument[2:]
-        if option in ('-c', '--config'):
-            where = i if value else i + 1
-            name = value or (arguments[where] if where < len(arguments) else '')
-            if name and not Path(name).is_file():
-                replaced[where] = f'{option}{equals}{recipe_path(name)}' if value else str(recipe_path(name))
+        if attached := re.fullmatch(r'(--config=|-c=|-c(?!=))(.+)', argument):
+            where, (option, name) = i, attached.groups()
+        elif argument in ('-c', '--config'):
+            where, option, name = i + 1, '', ''.join(arguments[i + 1 : i + 2])
+        else:
+            continue
+        if name and not Path(name).is_file():
+            replaced[where] = f'{option}{recipe_path(name)}'
     return replaced
 
 

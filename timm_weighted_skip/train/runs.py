@@ -148,12 +148,12 @@ def run(task: Task, folder: Path, analysis: Optional[Analysis] = None) -> dict:
         )
     random_seed(recipe.seed)
     # A checkpoint replaces all weights: those that the run began with need not be there any more.
-    begins = task.pretrained and not has_checkpoint(folder)
-    net = make_net(task.model, train, begins, **recipe.model_kwargs)
+    pretrained = task.pretrained and not has_checkpoint(folder)
+    net = make_net(task.model, train, pretrained, **recipe.model_kwargs)
     trainer = Trainer(net, recipe, train, test, task.device)
     if 0 < trainer.epochs <= recipe.alternate_freeze:
-        first = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
-        print(f'no epoch of {trainer.epochs} trains the gates: {first}', file=sys.stderr)
+        begins = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
+        print(f'no epoch of {trainer.epochs} trains the gates: {begins}', file=sys.stderr)
     book = _resume(task, folder, trainer)
     _note_machine(trainer, book['machines'])
     with tqdm(
