@@ -10,6 +10,7 @@ import torch
 from conftest import randomise
 from test_units import trained_gates
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from timm_weighted_skip import fused, set_fused_merge
@@ -310,6 +311,7 @@ def test_blocks_fall_back_where_single_operations_are_needed(taken):
     torch.testing.assert_close((grad * tangent).sum(), (2 * expected * slope).sum(), rtol=1e-4, atol=1e-4)
 
     torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), expected)
+    torch.testing.assert_close(make_fx(block)(x)(x), expected)
     torch.testing.assert_close(torch.jit.trace(block, x, check_trace=False)(x), expected)
     assert block(x[:0]).shape == (0, 16, 8, 8)
     copy.deepcopy(block).half()(x.half())
@@ -340,6 +342,21 @@ def test_what_a_user_puts_around_a_call_is_called(taken):
         torch.testing.assert_close(block(x), expected)
     assert {block.merge, block.act2} <= set(seen)
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize('part', ['conv2', 'bn2', 'se', 'drop_path'])
+@pytest.mark.parametrize('name', ['awm_resnet14_cifar', 'adaresnet14_cifar'])
+def test_a_branch_that_a_hook_was_given_is_not_overwritten(name, part, taken):
+    block = trained_gates(name).double().layer1[0].eval()
+    block.se, block.drop_path = nn.Identity(), nn.Identity()
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    kept = []
+    getattr(block, part).register_forward_hook(lambda module, args, y: kept.append((y, y.detach().clone())))
+    y = block(x)
+    branch, before = kept[0]
+    torch.testing.assert_close(branch, before)
+    assert y is not branch
+    assert not taken
 
 
 @pytest.mark.parametrize('training', [True, False])

@@ -4,6 +4,7 @@ The interpreter has to be chosen before Triton is imported, so one test here run
 """
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -210,6 +211,57 @@ def test_means_of_a_map_that_was_written_to_are_not_used(kernels):
     assert fused._carried_means(y) is None
     with torch.inference_mode():  # which does not tell
         assert fused._carried_means(single(mapping().to(DEVICE), residual, shortcut)) is None
+
+
+@runs_kernels
+def test_autograd_knows_of_the_kernels_writes(kernels):
+    x, shortcut = maps(LAYOUTS[:1] * 2)
+    y = MERGES['skip']().to(DEVICE).merge_relu(torch.sigmoid(x), shortcut)  # sigmoid's backward needs what it wrote
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+    residual = x.detach().clone()
+    with torch.no_grad():
+        MERGES['mapping']().to(DEVICE).merge_relu(residual, shortcut)
+    assert residual._version == 1
+
+
+def test_large_images_fit_the_grid_that_cuda_takes(monkeypatch):
+    from timm_weighted_skip import fused_triton as kernels
+
+    grids = []
+    monkeypatch.setattr(kernels, '_launch', lambda kernel, grid, *args: grids.append(grid))
+    y = torch.empty(2, 64, 2048, 4096, device='meta')
+    weight = torch.empty(2, 2, device='meta')
+    kernels.skip_relu(y, y, weight[0, 0])
+    kernels.skip_gradients(y, y, y, weight[0, 0])
+    kernels.mapping_relu(y, y, weight)
+    kernels.dots(y, y, y, weight)
+    kernels.gradients(y, y, weight, None)
+    assert len(grids) == 5
+    for grid in grids:
+        assert math.prod(grid) == y.numel() // kernels.BLOCK
+        assert max(grid[1:], default=1) <= 65535
+    assert kernels.can_take(y, y)
+    assert not kernels.can_take(y.transpose(2, 3), y)
+    assert not kernels.can_take(torch.empty(1, 64, 4096, 8192, device='meta'))
+
+
+def test_torch_merges_where_triton_does_not_run(monkeypatch):
+    from timm_weighted_skip import fused_triton
+
+    def fail(*args):
+        raise RuntimeError('Failed to find C compiler')
+
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(fused_triton, 'check', fail)
+    with pytest.warns(UserWarning, match='no Triton kernels on cuda, .*: Failed to find C compiler'):
+        assert fused._kernels_of.__wrapped__(torch.device('cuda')) is None
+
+
+@runs_kernels
+def test_a_check_runs_a_kernel(launched, kernels):
+    kernels.check(torch.device(DEVICE))
+    assert launched == ['skip_relu']
 
 
 @runs_kernels

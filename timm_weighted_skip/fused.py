@@ -14,6 +14,7 @@ step, that of `fused_norm` is taken; the plain formula is used wherever its sing
 tests/test_fused.py holds both forms equal.
 """
 
+import warnings
 from collections.abc import Iterable
 from functools import cache, partial
 from types import ModuleType
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function, forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ['set_fused_merge']
 
@@ -63,7 +65,8 @@ def can_fuse(merge: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut:
     """Whether `merge.merge_relu(residual, shortcut)` may stand for `act(merge(residual, shortcut))`.
 
     It may in eager mode, for a ReLU and feature maps of `DTYPES`. It may not while compiling, exporting or tracing,
-    under `torch.func` and forward-mode transforms, or where a hook waits for the merge or the activation.
+    under dispatch modes, `torch.func` and forward-mode transforms, or where a hook waits for the merge or the
+    activation.
     """
     return (
         is_eager(residual, shortcut)
@@ -83,6 +86,7 @@ def is_eager(*maps: torch.Tensor) -> bool:
         all(type(x) is torch.Tensor for x in maps)  # neither a proxy of FX nor a subclass
         and all((x.device, x.dtype) == (device, dtype) and x.numel() > 0 for x in maps)
         and dtype in DTYPES.get(device.type, ())
+        and not is_in_torch_dispatch_mode()
         # These two have no public name. The second is below 0 outside forward-mode differentiation.
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -173,7 +177,7 @@ def _carried_means(shortcut: torch.Tensor) -> Optional[torch.Tensor]:
 def _kernels(residual: torch.Tensor, shortcut: torch.Tensor) -> Optional[ModuleType]:
     """`fused_triton`, if it can be used for these maps."""
     kernels = _kernels_of(residual.device)
-    return kernels if kernels and kernels.layout_of(residual, shortcut) is not None else None
+    return kernels if kernels and kernels.can_take(residual, shortcut) else None
 
 
 @cache
@@ -182,7 +186,12 @@ def _kernels_of(device: torch.device) -> Optional[ModuleType]:
         return None
     try:
         from timm_weighted_skip import fused_triton
+
+        fused_triton.check(device)
     except ImportError:
+        return None
+    except Exception as error:  # of many types: Triton needs a C compiler and Python's headers, which may be missing
+        warnings.warn(f"no Triton kernels on {device}, so torch's operations merge there: {error}", stacklevel=2)
         return None
     return fused_triton
 

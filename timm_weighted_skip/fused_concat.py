@@ -58,7 +58,6 @@ class DenseFeatures(list):
         super().__init__()
         self.channels, self.variance = channels, variance
         self.buffer: Any = None  # `Moments`; None again where it can't hold the maps
-        self.written: list[tuple[torch.Tensor, Optional[int]]] = []  # what it was made of, with torch's count of writes
 
     def append(self, x: torch.Tensor) -> None:
         if not self:
@@ -71,16 +70,8 @@ class DenseFeatures(list):
             fits = type(x) is torch.Tensor and x.dtype == self.storage.dtype and x.device == self.storage.device
             self.buffer = _Write.apply(x, self.variance, self.storage, *self.buffer) if fits else None
         super().append(x)
-        self.written.append((x, _version(x)))
-
-    def drop_if_changed(self) -> None:
-        """Drop the buffer if a hook on a layer, which is given this list, has put other maps into it or changed one."""
-        same = (x is own and _version(x) == version for x, (own, version) in zip(self, self.written))
-        if len(self) != len(self.written) or not all(same):
-            self.buffer = None
 
     def can_read(self, merge: nn.Module, norm: nn.Module) -> bool:
-        self.drop_if_changed()
         return self.buffer is not None and can_read(self.buffer[0], merge, norm)
 
     def read(self, merge: ActiveWeightedConcat, norm: BatchNormAct2d) -> torch.Tensor:
@@ -90,12 +81,7 @@ class DenseFeatures(list):
 
     def cat(self) -> torch.Tensor:
         """(N, C, H, W) all maps."""
-        self.drop_if_changed()
         return torch.cat(self, 1) if self.buffer is None else self.buffer[0]
-
-
-def _version(x: torch.Tensor) -> Optional[int]:
-    return None if x.is_inference() else x._version  # inference tensors count no writes
 
 
 def can_read(x: torch.Tensor, merge: nn.Module, norm: nn.Module) -> bool:

@@ -6,6 +6,7 @@ serves contiguous and channels-last maps. A program handles `BLOCK` elements of 
 same order. tests/test_fused_triton.py holds the kernels equal to the plain formulas.
 """
 
+import math
 from typing import Any, Optional
 
 import torch
@@ -16,6 +17,17 @@ BLOCK = 4096
 SIDE = 64
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 OPTIONS = dict(enable_fp_fusion=True)  # Triton 3.9 warns where this is left to its default, which will change
+
+
+def check(device: torch.device) -> None:
+    """Raise what Triton does if it can't run a kernel on `device`."""
+    x = torch.zeros(1, 1, 1, 1, device=device)
+    skip_relu(x, x, x.sum())
+
+
+def can_take(*maps: torch.Tensor) -> bool:
+    """Whether all `maps` lie in the same dense order, with offsets in an image of 32 bits."""
+    return layout_of(*maps) is not None and maps[0][0].numel() < 2**31 - BLOCK
 
 
 def layout_of(*maps: torch.Tensor) -> Optional[torch.memory_format]:
@@ -34,8 +46,9 @@ def _load(pointer, at, inside, ACC: tl.constexpr):
 @triton.jit
 def _elements(size, BLOCK: tl.constexpr):
     """This program's image, its elements' offsets in the image, and which of them exist."""
-    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    return tl.program_id(0).to(tl.int64), offset, offset < size
+    blocks = tl.cdiv(size, BLOCK)
+    offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return (tl.program_id(0) // blocks).to(tl.int64), offset, offset < size
 
 
 @triton.jit
@@ -64,8 +77,9 @@ def _mapping_relu(
     ACC: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    image, row, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    channel, pixel = row * SIDE + tl.arange(0, SIDE), column * SIDE + tl.arange(0, SIDE)
+    columns, program = tl.cdiv(pixels, SIDE), tl.program_id(0).to(tl.int64)
+    image, column = program // columns, (program % columns).to(tl.int32)
+    channel, pixel = tl.program_id(1) * SIDE + tl.arange(0, SIDE), column * SIDE + tl.arange(0, SIDE)
     inside = (channel < channels)[:, None] & (pixel < pixels)[None, :]
     if CHANNELS_LAST:
         offset = channel[:, None] + pixel[None, :] * channels
@@ -76,8 +90,7 @@ def _mapping_relu(
     merged += tl.load(weight + 2 * image + 1).to(ACC) * _load(shortcut, at, inside, ACC)
     output = _relu(merged)
     tl.store(y + at, output, mask=inside)
-    cell = (image * tl.num_programs(2) + column) * channels + channel
-    tl.store(partial + cell, tl.sum(output, axis=1), mask=channel < channels)
+    tl.store(partial + program * channels + channel, tl.sum(output, axis=1), mask=channel < channels)
 
 
 @triton.jit
@@ -87,7 +100,7 @@ def _dots(partial, grad, residual, shortcut, weight, size, ACC: tl.constexpr, BL
     f, s = _load(residual, at, inside, ACC), _load(shortcut, at, inside, ACC)
     merged = tl.load(weight + 2 * image).to(ACC) * f + tl.load(weight + 2 * image + 1).to(ACC) * s
     g = tl.where(merged <= 0, 0.0, _load(grad, at, inside, ACC))
-    cell = partial + 2 * (image * tl.num_programs(1) + tl.program_id(1))
+    cell = partial + 2 * tl.program_id(0).to(tl.int64)
     tl.store(cell, tl.sum(g * f, axis=0))
     tl.store(cell + 1, tl.sum(g * s, axis=0))
 
@@ -127,7 +140,7 @@ def _skip_gradients(
     tl.store(grad_residual + at, g, mask=inside)
     tl.store(grad_shortcut + at, tl.load(weight).to(ACC) * g, mask=inside)
     dot = tl.sum(g * _load(shortcut, at, inside, ACC), axis=0)
-    tl.store(partial + image * tl.num_programs(1) + tl.program_id(1), dot)
+    tl.store(partial + tl.program_id(0), dot)
 
 
 def _arranged(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -135,8 +148,14 @@ def _arranged(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
-def _grid(x: torch.Tensor) -> tuple[int, int]:
+def _blocks(x: torch.Tensor) -> tuple[int, int]:
+    """Images, and blocks of each."""
     return len(x), triton.cdiv(x[0].numel(), BLOCK)
+
+
+def _grid(x: torch.Tensor) -> tuple[int]:
+    """The blocks of all images on one axis, the first, as CUDA takes no more than 65535 on any other."""
+    return (math.prod(_blocks(x)),)
 
 
 def _precision(x: torch.Tensor) -> tuple[tl.dtype, torch.dtype]:
@@ -150,10 +169,17 @@ def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any) -> No
         kernel[grid](*args, **OPTIONS)
 
 
+def _note_write(x: torch.Tensor) -> None:
+    """Have autograd refuse what was saved of `x` before a kernel wrote to it, as with torch's own operations."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
 def skip_relu(residual: torch.Tensor, shortcut: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`relu(residual + w * shortcut)` of a scalar `w`, over `residual`."""
     y = residual.detach()
     _launch(_skip_relu, _grid(y), y, residual, shortcut, weight, y[0].numel(), _precision(y)[0], BLOCK)
+    _note_write(y)
     return y
 
 
@@ -164,11 +190,14 @@ def mapping_relu(
     y = residual.detach() if overwrite else torch.empty_like(residual)
     count, channels, pixels = *y.shape[:2], y.shape[2:].numel()
     acc, dtype = _precision(y)
-    grid = count, triton.cdiv(channels, SIDE), triton.cdiv(pixels, SIDE)
-    partial = torch.empty(count, grid[2], channels, dtype=dtype, device=y.device)
+    columns = triton.cdiv(pixels, SIDE)
+    grid = count * columns, triton.cdiv(channels, SIDE)
+    partial = torch.empty(count, columns, channels, dtype=dtype, device=y.device)
     channels_last = layout_of(y) == torch.channels_last
     tensors = y, partial, residual, shortcut, weight.contiguous()
     _launch(_mapping_relu, grid, *tensors, channels, pixels, channels_last, acc, SIDE)
+    if overwrite:
+        _note_write(y)
     return y, (partial.sum(1) / pixels).to(y.dtype)
 
 
@@ -176,7 +205,7 @@ def dots(grad: torch.Tensor, residual: torch.Tensor, shortcut: torch.Tensor, wei
     """The gradient of `weight`, (N, 2): `sum(g * residual)` and `sum(g * shortcut)` with `g` from before the ReLU."""
     grad = _arranged(grad, residual)
     acc, dtype = _precision(grad)
-    partial = torch.empty(*_grid(grad), 2, dtype=dtype, device=grad.device)
+    partial = torch.empty(*_blocks(grad), 2, dtype=dtype, device=grad.device)
     tensors = partial, grad, residual, shortcut, weight.contiguous()
     _launch(_dots, _grid(grad), *tensors, grad[0].numel(), acc, BLOCK)
     return partial.sum(1).to(weight.dtype)
@@ -204,7 +233,7 @@ def skip_gradients(
     grad = _arranged(grad, y)
     grad_residual, grad_shortcut = torch.empty_like(y), torch.empty_like(y)
     acc, dtype = _precision(y)
-    partial = torch.empty(_grid(y), dtype=dtype, device=y.device)
+    partial = torch.empty(_blocks(y), dtype=dtype, device=y.device)
     tensors = grad_residual, grad_shortcut, partial, grad, y, shortcut, weight
     _launch(_skip_gradients, _grid(y), *tensors, y[0].numel(), acc, BLOCK)
     return grad_residual, grad_shortcut, partial.sum().to(weight.dtype)

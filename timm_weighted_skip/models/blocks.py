@@ -11,7 +11,7 @@ from torch import nn
 from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.fused import can_fuse, is_hooked
 from timm_weighted_skip.fused_norm import can_fuse_norm
-from timm_weighted_skip.layers import why_not_shared
+from timm_weighted_skip.layers import Gate, SkipWeight, why_not_shared
 
 __all__ = [
     'ChecksInputSize',
@@ -54,6 +54,13 @@ class WeightedBlock:
         if self.merge.starts_open(projection=self.downsample is not None):
             super().zero_init_last()
 
+    def can_fuse(
+        self, conv: nn.Module, norm: nn.Module, act: nn.Module, residual: torch.Tensor, shortcut: torch.Tensor
+    ) -> bool:
+        """Whether `merge.merge_relu` may stand for the merge and `act`, over a branch that no hook was given."""
+        parts = (part for part in (conv, norm, self.se, self.drop_path) if part is not None)
+        return can_fuse(self.merge, act, residual, shortcut) and not any(map(is_hooked, parts))
+
     def can_fuse_norm(self, conv: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
         """Whether nothing stands between the last norm and the merge, and `merge.norm_relu` may do both."""
         drop = self.drop_path
@@ -91,7 +98,7 @@ class WeightedBasicBlock(WeightedBlock, BasicBlock):
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
-            if can_fuse(self.merge, self.act2, x, shortcut):
+            if self.can_fuse(self.conv2, self.bn2, self.act2, x, shortcut):
                 return self.merge.merge_relu(x, shortcut)
         return self.act2(self.merge(x, shortcut))
 
@@ -130,7 +137,7 @@ class WeightedBottleneck(WeightedBlock, Bottleneck):
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if can_fuse(self.merge, self.act3, x, shortcut):
+            if self.can_fuse(self.conv3, self.bn3, self.act3, x, shortcut):
                 return self.merge.merge_relu(x, shortcut)
         return self.act3(self.merge(x, shortcut))
 
@@ -194,8 +201,13 @@ class WeightedResNet(ChecksInputSize, ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: Optional[bool] = None) -> None:
-        """As timm's, which by default draws the start that the net was made with."""
-        super().init_weights(self.starts_closed if zero_init_last is None else zero_init_last)
+        """As timm's; by default it draws the start that the net was made with, that of its merges included."""
+        if zero_init_last is None:
+            zero_init_last = self.starts_closed
+            for module in self.modules():
+                if isinstance(module, (SkipWeight, Gate)):
+                    module.reset_parameters()
+        super().init_weights(zero_init_last)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         if why := why_not_shared(self, state_dict, prefix):

@@ -6,6 +6,7 @@ import torch
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet, DenseTransition
 
 from timm_weighted_skip.checks import check_count
+from timm_weighted_skip.fused import is_hooked
 from timm_weighted_skip.fused_concat import DenseFeatures, can_buffer, can_read, read
 from timm_weighted_skip.layers import ActiveWeightedConcat
 from timm_weighted_skip.models.blocks import ChecksInputSize, insert_before
@@ -28,8 +29,10 @@ class WeightedDenseBlock(DenseBlock):
 
     def forward(self, init_features: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what this alone guards
+            # A hook on a layer is given the list of maps, and may change them.
             if can_buffer(init_features) and all(
-                isinstance(layer, DenseLayer) and not layer.grad_checkpointing for layer in self.values()
+                isinstance(layer, DenseLayer) and not (layer.grad_checkpointing or is_hooked(layer))
+                for layer in self.values()
             ):
                 return self.forward_buffered(init_features)
         features = [init_features]
