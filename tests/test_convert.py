@@ -99,6 +99,7 @@ def test_the_plain_form_of_a_short_name_is_registered():
         ('adaresnet14_cifar', {'skip_init': 0.8}, fold),
         ('adaresnet14_cifar', {'sharing': 'unified', 'skip_init': -0.5}, fold),
         ('adaresnet14_cifar', {'skip_fixed': True, 'skip_init': -0.5}, fold),
+        ('adaresnet14_cifar', {'skip_fixed': True, 'skip_init': 0.5}, fold),
     ],
 )
 @torch.no_grad()

@@ -162,6 +162,22 @@ def test_running_statistics_are_kept_in_gate_phases():
     assert moved == [True, False, True]
 
 
+def test_the_rule_and_the_period_without_an_option():
+    trained = {}
+
+    def train_one_epoch(epoch, model):
+        trained[epoch] = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    net, script = timm.create_model(MODEL), SimpleNamespace(__name__='train', train_one_epoch=train_one_epoch)
+    script.create_scheduler_v2 = script.create_loader = None
+    install(script, argparse.Namespace(alternate_rule='released'), default_period=3)
+    for epoch in range(4):
+        script.train_one_epoch(epoch, net)
+    gates = {name for name in trained[0] | trained[3] if '.gate.' in name}
+    assert trained[0] == trained[2] == {name for name, _ in net.named_parameters()} - gates
+    assert trained[3] == gates | {name for name, _ in net.named_parameters() if name.endswith('bias')}
+
+
 def test_resuming_lands_in_the_phase_of_its_epoch(script, images, tmp_path):
     more = ('--alternate-freeze', 2, '--sched', 'step', '--epochs')
     assert launch(script, images, tmp_path / 'a', *more, 3).returncode == 0
@@ -185,14 +201,17 @@ def test_two_processes(script, images, tmp_path):
     assert phases(tmp_path, 3) == 'gb'
 
 
-def test_device_module_without_a_launcher(script, images, tmp_path):
-    config = tmp_path / 'mine.yaml'
-    config.write_text('alternate_freeze: 1\npad_crop: 4\n')
-    command = [str(script), '--device-modules', 'timm_weighted_skip.alternate', '--model', MODEL, '-c', str(config)]
+@pytest.mark.parametrize(('options', 'expected'), [('alternate_freeze: 1\npad_crop: 4\n', 'gb'), ('', 'bb')])
+def test_device_module_without_a_launcher(script, images, tmp_path, options, expected):
+    command = [str(script), '--device-modules', 'timm_weighted_skip.alternate', '--model', MODEL]
+    if options:
+        config = tmp_path / 'mine.yaml'
+        config.write_text(options)
+        command += ['-c', str(config)]
     # Started like this, a script takes the timm beside it, whose older loaders want a worker.
     done = start(command, images, tmp_path, '--epochs', 3, '--sched', 'step', '-j', 1)
     assert done.returncode == 0, done.stderr
-    assert phases(tmp_path, 3) == 'gb'
+    assert phases(tmp_path, 3) == expected
 
 
 @pytest.mark.parametrize(
@@ -231,21 +250,22 @@ def test_help_has_both_the_scripts_options_and_ours(script):
     assert all(option in text for option in ('--alternate-freeze', '--pad-crop', '--batch-size', '--train-script'))
 
 
-def test_pad_crop_is_the_trainers(images):
+@pytest.mark.parametrize(('size', 'hflip'), [(32, 0.0), (24, 1.0)])
+def test_pad_crop_is_the_trainers(images, size, hflip):
     """The launcher's crop and the trainer's draw from the same images: zero padding, every offset."""
     from timm.data import ImageDataset, create_loader
-    from torchvision.transforms import RandomCrop
+    from torchvision.transforms import RandomCrop, Resize
 
     script = hooked(dict(pad_crop=4), create_loader=create_loader)
-    options = dict(is_training=True, hflip=0.0, mean=(0.5,) * 3, std=(0.25,) * 3, device=torch.device('cpu'))
+    options = dict(is_training=True, hflip=hflip, mean=(0.5,) * 3, std=(0.25,) * 3, device=torch.device('cpu'))
     options |= dict(num_workers=0, persistent_workers=False)
     for prefetcher in (True, False):
         dataset = ImageDataset(str(images), split='train')
-        image = np.asarray(dataset[0][0])
-        loader = script.create_loader(dataset, (3, 32, 32), 4, use_prefetcher=prefetcher, **options)
-        assert next(iter(loader))[0].shape == (4, 3, 32, 32)
-        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
-        crops = {padded[i : i + 32, j : j + 32].tobytes() for i in range(9) for j in range(9)}
+        image = np.asarray(Resize((size, size))(dataset[0][0]))
+        loader = script.create_loader(dataset, (3, size, size), 4, use_prefetcher=prefetcher, **options)
+        assert next(iter(loader))[0].shape == (4, 3, size, size)
+        padded = np.pad(image[:, ::-1] if hflip else image, ((4, 4), (4, 4), (0, 0)))
+        crops = {padded[i : i + size, j : j + size].tobytes() for i in range(9) for j in range(9)}
         for _ in range(20):
             crop = dataset[0][0]
             crop = crop if prefetcher else ((crop * 0.25 + 0.5) * 255).round().byte()

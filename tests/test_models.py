@@ -14,6 +14,7 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 
 from timm_weighted_skip import mapping_units
+from timm_weighted_skip.layers import Gate
 from timm_weighted_skip.models.names import model_names
 from timm_weighted_skip.models.resnet_released import CentredConv2d
 
@@ -115,6 +116,12 @@ def test_units_that_would_not_pass_their_shortcut_keep_their_last_norm(name, opt
 def test_units_that_pass_their_shortcut_start_without_their_branch(name, options):
     model = timm.create_model(name, **options)
     assert not any(model.get_submodule(unit.name).bn3.weight.any() for unit in mapping_units(model))
+
+
+def test_a_projection_starts_without_its_branch_at_a_smaller_weight_too():
+    model = timm.create_model('adaresnet50', skip_init=0.5)
+    projections = [unit for unit in mapping_units(model) if unit.kind == 'projection']
+    assert not any(model.get_submodule(unit.name).bn3.weight.any() for unit in projections)
 
 
 def test_the_released_start_keeps_every_norm():
@@ -233,9 +240,15 @@ def test_a_cifar_dense_net_of_four_blocks_knows_its_stride():
 )
 def test_weights_drawn_anew_start_as_the_net_did(name, kwargs, closed):
     model = timm.create_model(name, **kwargs)
-    nn.init.ones_(model.layer2[1].bn2.weight)
+    fresh = {key: value.clone() for key, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.3)
     model.init_weights()
     assert (model.layer2[1].bn2.weight == 0).all() == closed
+    for key, value in model.state_dict().items():
+        if key.endswith(('merge.weight', 'fc2.weight')):
+            assert torch.equal(value, fresh[key])
+    assert all(gate.fc1.weight.std() > 0 for gate in model.modules() if isinstance(gate, Gate))
     model.init_weights(zero_init_last=True)
     assert not model.layer2[1].bn2.weight.any()
 
@@ -409,7 +422,13 @@ def test_released_convolution_of_another_kind_reads_all(changed):
 
 
 @pytest.mark.parametrize(
-    ('name', 'argument'), [('awm_resnet14_cifar', 'stem_type'), ('resnet18_released', 'output_stride')]
+    ('name', 'argument'),
+    [
+        ('awm_resnet14_cifar', 'stem_type'),
+        ('awm_densenet22_bc_cifar', 'stem_type'),
+        ('resnet18_released', 'output_stride'),
+        ('resnet18_released', 'aa_layer'),
+    ],
 )
 def test_what_shapes_a_net_of_its_own_is_no_argument(name, argument):
     with pytest.raises(TypeError, match=f'^{argument} can not be given: a .* has its own; leave it out'):

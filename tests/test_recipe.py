@@ -61,6 +61,34 @@ def test_every_recipe_of_this_trainer_loads():
         assert load_recipe(name, epochs=7).epochs == 7
 
 
+SGD = dict(opt='sgd', lr=0.1, momentum=0.9, weight_decay=1e-4, warmup_epochs=0)
+
+
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        (
+            'awm_cifar',
+            dict(SGD, epochs=350, batch_size=128, alternate_freeze=3, sched='multistep', decay_milestones=[151, 251])
+            | dict(decay_rate=0.1, pad_crop=4, hflip=0.5),
+        ),
+        (
+            'awm_densenet_cifar',
+            dict(SGD, epochs=300, batch_size=64, alternate_freeze=3, sched='multistep', decay_milestones=[151, 226])
+            | dict(decay_rate=0.1, pad_crop=4, hflip=0.5),
+        ),
+        (
+            'adaresnet_released',
+            dict(epochs=10, batch_size=32, alternate_freeze=0, opt='adam', lr=1e-3, weight_decay=0)
+            | dict(sched='step', decay_rate=1, no_aug=True),
+        ),
+    ],
+)
+def test_a_recipe_is_its_papers(name, expected):
+    recipe = load_recipe(name)
+    assert {key: getattr(recipe, key) for key in expected} == expected
+
+
 def test_the_recipe_for_imagenet_is_the_papers():
     recipe = read_yaml(recipe_path('awm_imagenet'))
     expected = dict(epochs=100, alternate_freeze=3, lr=0.1, weight_decay=1e-4, decay_epochs=30, decay_rate=0.1)

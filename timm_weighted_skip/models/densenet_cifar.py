@@ -10,6 +10,7 @@ from timm.models import register_model
 from timm.models.densenet import DenseNet
 from torch import nn
 
+from timm_weighted_skip.checks import check_not_given
 from timm_weighted_skip.models.dense import WeightedDenseNet
 from timm_weighted_skip.models.pretrained import build, default_cfgs_of
 from timm_weighted_skip.models.resnet_cifar import cifar_cfg
@@ -28,7 +29,9 @@ class CifarDenseNet(WeightedDenseNet):
     feature_cfg: ClassVar[dict[str, Any]] = dict(flatten_sequential=True, out_indices=(0, 1, 2, 3))
 
     def __init__(self, in_chans: int = 3, **kwargs) -> None:
-        super().__init__(in_chans=in_chans, stem_type='', **kwargs)
+        stem = dict(stem_type='')
+        check_not_given(kwargs, stem, 'a CIFAR DenseNet')
+        super().__init__(in_chans=in_chans, **stem, **kwargs)
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         width = self.features.conv0.out_channels
         self.features.conv0 = nn.Conv2d(in_chans, width, kernel_size=3, padding=1, bias=False, **dd)

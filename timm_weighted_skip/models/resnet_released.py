@@ -48,7 +48,7 @@ class ReleasedResNet(WeightedResNet):
     """
 
     def __init__(self, block: type[WeightedBasicBlock], layers: tuple[int, ...], merge, in_chans: int = 3, **kwargs):
-        fixed = dict(output_stride=32)
+        fixed = dict(output_stride=32, aa_layer=None)
         check_not_given(kwargs, fixed, 'a released net')
         super().__init__(block, layers, merge, in_chans, **fixed, **kwargs)
         dd = {name: kwargs[name] for name in ('device', 'dtype') if name in kwargs}
