@@ -10,8 +10,9 @@ the plain net's of the same round, with the quartiles in brackets; what those st
 CPU is timed by the CPU time it takes, which other work on the machine changes less than the time that passes.
 
 `bound` is the ratio which memory traffic alone allows a merge outside the convolutions' kernels: the plain net's time
-plus the bytes that the merges must move beyond a plain sum's (`PASSES`), at the speed of a large copy, measured in the
-same run. Maps that stay in a cache move faster than that, and then a net can be below its bound.
+plus the bytes that the merges must move beyond a plain sum's (`PASSES`), at the speed of a large copy, measured in
+the same run. A net can be below it: maps that stay in a cache move faster, and an eager plain net takes two more
+passes than counted here, as it adds and rectifies one after the other.
 """
 
 import argparse

@@ -15,6 +15,9 @@ from timm_weighted_skip.hub.config import args_beside_weights
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe, load_recipe, read_yaml, recipe_arguments
 
+# Beginnings of fields of the recipe in which a run may differ from its baseline: what shapes nets, phases and speed.
+MAY_DIFFER = ('model_kwargs', 'alternate_', 'torchcompile')
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -215,11 +218,14 @@ def _check_baseline(manifest: Manifest, run: Run) -> None:
         raise ValueError(f'baseline {run.baseline!r} is no other run; give one of {run.experiment}, or EXPERIMENT/RUN')
     if plain is None:
         return
-    if (plain.data, plain.recipe, plain.epochs(), plain.seeds) != (run.data, run.recipe, run.epochs(), run.seeds):
+    if (plain.data, plain.epochs(), plain.seeds) != (run.data, run.epochs(), run.seeds):
         raise ValueError(
-            f'baseline {run.baseline} is not trained on the same data by the same recipe, for as many epochs, with the '
-            'same seeds'
+            f'baseline {run.baseline} is not trained on the same data for as many epochs, with the same seeds'
         )
+    ours, theirs = (asdict(each.recipe_of(0)) for each in (run, plain))
+    differ = [name for name in ours if not name.startswith(MAY_DIFFER) and ours[name] != theirs[name]]
+    if differ:
+        raise ValueError(f'baseline {run.baseline} is trained by a recipe with another {", ".join(differ)}')
 
 
 def read_manifest(path: Path) -> Manifest:

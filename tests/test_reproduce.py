@@ -303,6 +303,10 @@ def test_out_of_time_it_saves_and_says_what_is_left(tmp_path):
         (('baseline: plain', 'baseline: large/plain'), "baseline 'large/plain' is no other run"),
         (('baseline: plain', 'baseline: 1'), 'run awm: baseline 1; give the name of a run'),
         (('alternate_freeze: 1}', 'alternate_freeze: 1, epochs: 3}'), 'baseline plain is not trained on the same data'),
+        (
+            ('alternate_freeze: 1}', 'alternate_freeze: 1, amp: true}'),
+            'baseline plain is .* by a recipe with another amp',
+        ),
         (('seeds: [0, 1]', 'seeds: [0, 0]'), r'seeds \[0, 0\]; give one or more integers, each once'),
         (('paper: 90.5', 'paper: many'), "run plain: paper 'many'; give an accuracy in %"),
         (('paper: 90.5', 'paper_weights: [0.5]'), r'paper_weights \[0.5\]; give a list of two or more rounds'),
