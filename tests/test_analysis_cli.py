@@ -242,6 +242,8 @@ def half_a_checkpoint(path, folder: str) -> str:
         (lambda f, t: ['extremes', f, '--data', 'digits', '--count', '0'], 'count=0'),
         (lambda f, t: ['extremes', 'awm_resnet14_cifar', '--data', 'digits', '--model-kwargs', 'in_chans=1'], '--mean'),
         (lambda f, t: ['inspect', 'awm_resnet15'], "no model is called 'awm_resnet15'; near names are"),
+        (lambda f, t: ['inspect', 'awm_resnet20'], 'near names are awm_resnet20_cifar, awm_'),
+        (lambda f, t: ['inspect', f, '--output', f + '/config.json'], 'is a file; give the name of a folder'),
         (lambda f, t: ['inspect', str(t)], 'neither config.json nor last.safetensors'),
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', str(t / 'x')], "no file '"),
         (lambda f, t: ['inspect', f, '--model-kwargs', 'features_only=True'], 'features_only is no argument of a net'),

@@ -64,7 +64,7 @@ def test_quickstart_trains_both_nets_and_draws(capsys, tmp_path, monkeypatch):
 def test_quickstart_in_a_log_is_a_line_per_training(capsys, tmp_path):
     assert cli.main(['quickstart', '--epochs', '1', '--seeds', '2', '--output', str(tmp_path)]) == 0
     printed = capsys.readouterr()
-    assert printed.err == ''
+    assert printed.err == 'no epoch of 1 trains the gates: --period 3 begins with as many epochs of the backbone\n'
     for line, start in zip(printed.out.splitlines(), ('plain seed 0', 'AWM   seed 0', 'plain seed 1', 'AWM   seed 1')):
         assert re.fullmatch(rf'{start}: [0-9.]+ %', line)
 
@@ -81,12 +81,18 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'timm-weighted-skip[analysis]'" in capsys.readouterr().err
 
 
-def test_a_reader_that_stops_early_loses_no_files(tmp_path):
-    command = [sys.executable, '-m', 'timm_weighted_skip.cli', 'inspect', 'awm_resnet14_cifar.digits']
-    process = subprocess.Popen([*command, '--output', str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize(
+    ('verb', 'options', 'made'),
+    [('inspect', ['--output'], 'units.csv'), ('save', ['--output'], 'config.json'), ('eval', ['--data', 'digits'], '')],
+)
+def test_a_reader_that_stops_early_loses_no_files(tmp_path, verb, options, made):
+    folder = tmp_path / 'made'
+    command = [sys.executable, '-m', 'timm_weighted_skip.cli', verb, 'awm_resnet14_cifar.digits', *options]
+    command += [str(folder)] if made else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()  # as `head` does, here at once
     assert (process.stderr.read(), process.wait()) == (b'', 0)
-    assert (tmp_path / 'units.csv').is_file()
+    assert not made or (folder / made).is_file()
 
 
 def test_importing_loads_nothing_heavy():

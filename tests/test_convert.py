@@ -158,6 +158,7 @@ def test_the_source_stays_as_it_was():
 @pytest.mark.parametrize(
     ('name', 'args', 'why'),
     [
+        ('adaresnet14_cifar', {'skip_init': -0.5}, r'w = -0\.5, not 1;'),
         ('adaresnet14_cifar', {'skip_init': 0.5}, r'6 of 6 mapping units.*layer1\.0: w = 0\.5, not 1.*fold'),
         ('awm_resnet14_cifar', {'scale': 1.0}, r'layer1\.0: scale = 1, not 2'),
         ('awm_densenet22_bc_cifar', {'scale': 'paper'}, 'scale = 1, not'),

@@ -48,7 +48,9 @@ def test_yamls_numbers_without_a_point_are_numbers(tmp_path):
         ('opt_eps', -1, r'opt_eps=-1\.0 is not allowed; give a finite number of 0 or more'),
         ('decay_milestones', [4, 2], r'decay_milestones=\[4, 2\] is not allowed; give them in ascending order'),
         ('decay_milestones', ['a', 3], r"decay_milestones=\['a', 3\] is not allowed; give whole numbers"),
+        ('opt_betas', [0.9], r'opt_betas=\[0\.9\] is not allowed; give two or more'),
         ('opt', None, 'opt=None is not allowed; give a name'),
+        ('seed', 2**32, 'seed=4294967296 is not allowed'),
     ],
 )
 def test_a_recipes_bad_value_is_refused(name, value, why):

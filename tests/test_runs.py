@@ -123,6 +123,30 @@ def test_images_to_test_of_other_classes_are_refused(tmp_path, capsys):
     assert '4 classes to train and 4 to test, and only one set has d, e' in capsys.readouterr().err
 
 
+def test_what_is_refused_leaves_all_as_it_was(tmp_path, capsys):
+    assert train(tmp_path, '--std', '0', '0', '0') == 1
+    assert train(tmp_path, '--seeds', '1', '2', '--data', 'cifar10', '--data-dir', str(tmp_path / 'none')) == 1
+    assert not any(tmp_path.iterdir())
+    assert train(tmp_path, '--seeds', '1', '2') == 0
+    folder = tmp_path / 'run'
+    args = (folder / 'args.yaml').read_bytes()
+    elsewhere = ['--device', 'abacus', '--data-dir', str(tmp_path)]
+    assert main(['train', '--resume', str(folder), *elsewhere]) == 0  # all is done, wherever that was
+    assert (folder / 'args.yaml').read_bytes() == args
+    (folder / 'seed2' / 'result.json').unlink()
+    assert main(['train', '--resume', str(folder), *elsewhere]) == 1
+    assert (folder / 'args.yaml').read_bytes() == args
+    capsys.readouterr()
+    assert main(['train', '--resume', str(folder / 'seed2')]) == 1
+    assert f'is a seed of the run {folder}; give that' in capsys.readouterr().err
+    assert main(['train', '--resume', str(folder)]) == 0
+
+
+def test_an_error_without_words_has_its_name(tmp_path, capsys):
+    assert train(tmp_path, '--model-kwargs', f'checkpoint_path={tmp_path / "none.pth"}') == 1
+    assert capsys.readouterr().err.splitlines()[-1] == 'weighted-skip: FileNotFoundError'
+
+
 def test_a_run_too_short_for_its_gates_says_so(tmp_path, capsys):
     assert train(tmp_path, '--alternate-freeze', '1') == 0
     assert 'no epoch of 1 trains the gates: --alternate-freeze 1' in capsys.readouterr().err

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from timm_weighted_skip.files import first_sentence
+
 __all__ = [
     'check_choice',
     'check_classes',
@@ -56,9 +58,7 @@ def check_device(device: str) -> torch.device:
         empty.cpu()  # which "meta" can't
         return empty.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f'device {device!r} is not to be had ({str(error).splitlines()[0]}); give cpu or cuda'
-        ) from None
+        raise ValueError(f'device {device!r} is not to be had ({first_sentence(error)}); give cpu or cuda') from None
 
 
 def check_input_size(net: nn.Module, height: int, width: int) -> None:

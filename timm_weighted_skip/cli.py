@@ -99,9 +99,11 @@ def _set_analysis(parser: argparse.ArgumentParser, work: str) -> None:
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis import commands
         from timm_weighted_skip.analysis.tables import require
+        from timm_weighted_skip.files import check_folder
 
         if args.output:
             require('matplotlib')
+            check_folder(args.output)
         result = getattr(commands, work)(args)
         _show(result.text())
         if args.output:
@@ -168,7 +170,7 @@ def add_curves(verbs) -> None:
 
 def add_report(verbs) -> None:
     """`report`: one HTML page about a run or a checkpoint."""
-    parser = verbs.add_parser('report', help='one self-contained HTML page about a run or a checkpoint')
+    parser = verbs.add_parser('report', help="one self-contained HTML page about a weighted net's run or checkpoint")
     _add_net_arguments(parser)
     _add_analysis_data_arguments(parser, required=False)
     parser.add_argument('--output', default='report.html', metavar='FILE', help='default: %(default)s')
@@ -176,7 +178,7 @@ def add_report(verbs) -> None:
     def run(args: argparse.Namespace) -> None:
         from timm_weighted_skip.analysis.commands import write_report
 
-        print(write_report(args))
+        _show(str(write_report(args)))
 
     parser.set_defaults(run=run)
 
@@ -205,14 +207,14 @@ def _write_net(args: argparse.Namespace, model, model_args: dict, as_it_is: bool
     if args.output.suffix == '.safetensors':
         if args.results:
             raise ValueError(f'--results goes into a model card; with it, give a folder, not {args.output}')
-        print(f'wrote {save_weights(model, args.output)}')
+        _show(f'wrote {save_weights(model, args.output)}')
         return
     results = None
     if args.results:
         results = Results.from_dict(read_json(args.results), str(args.results))
     elif as_it_is:
         results = known_results(args.model)
-    print(f'wrote {save_checkpoint(model, args.output, results, model_args)}')
+    _show(f'wrote {save_checkpoint(model, args.output, results, model_args)}')
 
 
 def add_save(verbs) -> None:
@@ -261,7 +263,7 @@ def add_fold(verbs) -> None:
         model, model_args = load_net_and_args(args.model, args.checkpoint, args.model_kwargs)
         folded, kept = convert.fold(model)
         if kept:
-            print(f'still weighted, having w <= 0 on an identity shortcut: {", ".join(kept)}')
+            _show(f'still weighted, having w <= 0 on an identity shortcut: {", ".join(kept)}')
         fixed = {'skip_fixed': True} if kept and model_args.get('skip_fixed') else {}
         _write_net(args, folded, {**convert.plain_args(model_args), **fixed})
 
@@ -288,9 +290,9 @@ def add_publish(verbs) -> None:
         token = None if args.dry_run else read_token(args.token_file)
         if args.all:
             for done in publish_all(args.root, args.owner, args.private, args.dry_run, token):
-                print(done)
+                _show(done)
         else:
-            print(publish(args.folder, args.repo_id, args.private, args.dry_run, token))
+            _show(publish(args.folder, args.repo_id, args.private, args.dry_run, token))
 
     parser.set_defaults(run=run)
 
@@ -351,7 +353,7 @@ def add_train(verbs) -> None:
         except KeyboardInterrupt as stop:
             print(f'\n{stop}', file=sys.stderr)
             raise SystemExit(130) from None
-        print(describe(result, folder))
+        _show(describe(result, folder))
 
     parser.set_defaults(run=run)
 
@@ -377,7 +379,7 @@ def add_eval(verbs) -> None:
         net = named.load(args.model_kwargs, need_weights=True)
         data = load_image_set(args.data, False, args.data_dir, args.download)
         measured = evaluate_on(net, data, args.batch_size, args.device, args.amp)
-        print(json.dumps({'model': named.name, **measured}))
+        _show(json.dumps({'model': named.name, **measured}))
 
     parser.set_defaults(run=run)
 
@@ -400,7 +402,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         args = build_parser().parse_args(argv)
         args.run(args)
     except (ValueError, OSError, ImportError) as error:
-        text = str(error)
+        text = str(error) or type(error).__name__
         if text.startswith('Caught '):  # by torch in a process that loads images: the message is behind a traceback
             text = text.rstrip().rpartition('\n')[2].partition(': ')[2]
         print(f'weighted-skip: {text}', file=sys.stderr)

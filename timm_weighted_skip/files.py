@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Union
 
-__all__ = ['first_sentence', 'read_json', 'replacing', 'write_file']
+__all__ = ['check_folder', 'first_sentence', 'read_json', 'replacing', 'write_file']
 
 MAX_JSON_BYTES = 10_000_000
 
@@ -46,6 +46,16 @@ def write_file(path: Path, content: Union[str, bytes]) -> None:
     """Write `content` to `path` as a whole or not at all, see `replacing`."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_folder(path: Union[str, Path]) -> None:
+    """Refuse what is there and is no folder to write to.
+
+    Raises:
+        ValueError: As it says.
+    """
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f'{path} is a file; give the name of a folder')
 
 
 def first_sentence(error: Exception) -> str:

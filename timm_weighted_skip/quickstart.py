@@ -5,6 +5,7 @@ and gates in turn.
 """
 
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from timm_weighted_skip.analysis.inspection import gate_table
 from timm_weighted_skip.analysis.tables import require
 from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.data import load_image_set
+from timm_weighted_skip.files import check_folder
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 from timm_weighted_skip.train.trainer import Trainer, make_net
@@ -71,8 +73,10 @@ def quickstart(epochs: int = 30, period: int = 3, seeds: int = 3, out: Path = Pa
     check_count('epochs', epochs)
     check_count('seeds', seeds)
     AlternateFreezing(period)  # refuses what is no period
-    if out.exists() and not out.is_dir():
-        raise ValueError(f'{out} is a file; give the name of a folder')
+    check_folder(out)
+    if epochs <= period:
+        begins = f'--period {period} begins with as many epochs of the backbone'
+        print(f'no epoch of {epochs} trains the gates: {begins}', file=sys.stderr)
     top1: dict[str, list[float]] = {label: [] for label in MODELS}
     for seed in range(seeds):
         for label in MODELS:

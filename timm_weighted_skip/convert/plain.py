@@ -32,7 +32,8 @@ def _why_not_plain(merge: nn.Module) -> str:
     if isinstance(merge, SkipWeight):
         if merge.weight is None or merge.weight == 1:
             return ''
-        return f'w = {merge.weight.item():.4g}, not 1 (`fold` can absorb it)'
+        hint = ' (`fold` can absorb it)' if merge.weight > 0 else ''
+        return f'w = {merge.weight.item():.4g}, not 1{hint}'
     if merge.gate is None:
         return ''
     if merge.gate.fc2.weight.any() and merge.gate.fc1.weight.any():

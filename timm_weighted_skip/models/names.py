@@ -20,7 +20,9 @@ def check_model_name(name: str) -> None:
     if ':' in name:
         return
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4)
+        known = timm.list_models()
+        longer = [each for each in known if each.startswith(f'{name}_')]
+        near = [*longer, *(each for each in difflib.get_close_matches(name, known, n=4) if each not in longer)][:4]
         there_is = f'near names are {", ".join(near)}' if near else '`weighted-skip list` has those of this package'
         raise ValueError(f'no model is called {name!r}; {there_is}')
     model, tag = split_model_name_tag(name)

@@ -145,12 +145,15 @@ def _gates(model: nn.Module) -> set[nn.Parameter]:
     """The parameters of the gates of a net that can be trained in phases."""
     net = unwrap_model(model)
     if isinstance(net, torch.jit.ScriptModule):
-        raise ValueError('a scripted net can not be trained in phases; leave out --torchscript, or train with period 0')
+        raise ValueError(
+            'a scripted net can not be trained in phases; leave out --torchscript, or train with period 0 '
+            '(--alternate-freeze 0)'
+        )
     gates = {p for m in net.modules() if isinstance(m, Gate) for p in m.parameters()}
     if not gates:
         raise ValueError(
             f'{type(net).__name__} has no gates to train in turn with its backbone; nets that have are called '
-            'awm_* (such as awm_resnet20_cifar), made without plain=True; or train with period 0'
+            'awm_* (such as awm_resnet20_cifar), made without plain=True; or train with period 0 (--alternate-freeze 0)'
         )
     if any(getattr(m, 'grad_checkpointing', False) for m in net.modules()) and use_reentrant_ckpt():
         raise ValueError(

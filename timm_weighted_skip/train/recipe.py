@@ -172,6 +172,8 @@ class Recipe:
             check_count(name, getattr(self, name))
         for name in ('seed', 'alternate_freeze', 'pad_crop', 'warmup_epochs', 'cooldown_epochs'):
             check_count(name, getattr(self, name), least=0)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} is not allowed; NumPy's end at {2**32 - 1}")
         for name in ('lr', 'momentum', 'weight_decay', 'min_lr', 'warmup_lr', 'decay_rate'):
             value = self._as_number(name)
             if not 0 <= value < math.inf:
@@ -191,6 +193,8 @@ class Recipe:
                 setattr(self, name, [_number(name, each) for each in getattr(self, name)])
                 if not all(map(math.isfinite, getattr(self, name))):
                     raise ValueError(f'{name}={getattr(self, name)!r} is not allowed; give finite numbers')
+        if self.opt_betas is not None and len(self.opt_betas) < 2:
+            raise ValueError(f'opt_betas={self.opt_betas!r} is not allowed; give two or more')
         for milestone in self.decay_milestones:
             if isinstance(milestone, bool) or not isinstance(milestone, int):
                 raise ValueError(f'decay_milestones={self.decay_milestones!r} is not allowed; give whole numbers')

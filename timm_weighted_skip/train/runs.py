@@ -7,12 +7,14 @@ test accuracy (which a paper should not report); their metadata names the net. W
 import json
 import platform
 import shlex
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -65,17 +67,23 @@ def run_seeds(
 ) -> dict:
     """`run` for one seed in `folder`, for several in a folder each below it; returns `run`'s result or a summary."""
     if not resume and holds_run(folder):
-        raise ValueError(f'{folder} holds a run; go on with it by --resume {folder}, or give another --experiment')
+        again = shlex.join(['--resume', str(folder)])
+        raise ValueError(f'{folder} holds a run; go on with it by {again}, or give another --experiment')
+    args = yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     try:
         with alone_in(folder):
-            write_file(folder / ARGS, yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False))
-            for seed in seeds:
-                task.recipe.seed = seed
-                of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
-                of_seed.mkdir(exist_ok=True)
-                results.append(run(task, of_seed, analysis))
+            try:
+                for seed in seeds:
+                    task.recipe.seed = seed
+                    of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
+                    of_seed.mkdir(exist_ok=True)
+                    results.append(run(task, of_seed, analysis, partial(write_file, folder / ARGS, args)))
+            finally:
+                if is_new and not (folder / ARGS).exists():
+                    shutil.rmtree(folder)
     except KeyboardInterrupt:
         again = shlex.join(['weighted-skip', 'train', '--resume', str(folder)])
         raise KeyboardInterrupt(f'stopped; go on with: {again}') from None
@@ -115,7 +123,9 @@ def summary(results: list[dict]) -> dict:
     }
 
 
-def run(task: Task, folder: Path, analysis: Optional[Analysis] = None) -> dict:
+def run(
+    task: Task, folder: Path, analysis: Optional[Analysis] = None, begin: Callable[[], None] = lambda: None
+) -> dict:
     """Train, from the folder's newest checkpoint if it has one, and write everything down there.
 
     Args:
@@ -123,6 +133,7 @@ def run(task: Task, folder: Path, analysis: Optional[Analysis] = None) -> dict:
         folder: Exists.
         analysis: Called with the trained net and an iterable of all test images in normalised batches; what it
             returns becomes the result's 'mapping_units', unless it raises a `ValueError`, as for plain nets.
+        begin: Called when nothing stands against the training any more.
 
     Returns:
         What result.json holds; that of an earlier call if the run is finished.
@@ -155,6 +166,7 @@ def run(task: Task, folder: Path, analysis: Optional[Analysis] = None) -> dict:
         begins = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
         print(f'no epoch of {trainer.epochs} trains the gates: {begins}', file=sys.stderr)
     book = _resume(task, folder, trainer)
+    begin()
     _note_machine(trainer, book['machines'])
     with tqdm(
         total=trainer.epochs * trainer.updates_per_epoch * recipe.grad_accum_steps * recipe.batch_size,

@@ -37,6 +37,8 @@ def read_task(folder: Path) -> tuple[Task, list[int]]:
     """
     path = folder / ARGS
     if not path.is_file():
+        if (folder.parent / ARGS).is_file():
+            raise ValueError(f'{folder} is a seed of the run {folder.parent}; give that')
         raise ValueError(f'{folder} has no {ARGS}; give the folder of a run of this trainer')
     values = read_yaml(path)
     try:
