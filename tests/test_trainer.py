@@ -286,7 +286,7 @@ def test_a_mode_asks_for_compiling():
         (['--seeds', '1', '0', '1'], '--seeds has 1 more than once'),
         (['--grad-accum-steps', '99'], 'more than an epoch of 22 batches'),
         (['--batch-size', '2000', '--sched-on-updates'], 'a batch of 2000 from 1437 images; give a smaller'),
-        (['--opt', 'adamw', '--opt-betas', '0.9'], "optimizer 'adamw'"),
+        (['--opt', 'adamw', '--opt-betas', '0.9'], 'opt_betas=[0.9] is not allowed; give two or more'),
         (['--clip-grad', '-1'], 'clip_grad=-1.0 is not allowed; give a number above 0'),
         (['--sched', 'step', '--decay-epochs', '0'], 'decay_epochs=0.0 is not allowed'),
         (['--model-ema-decay', '2'], 'model_ema_decay=2.0 is not allowed; give a number from 0 to 1'),
