@@ -50,6 +50,11 @@ def taken(monkeypatch):
     return calls
 
 
+def images(model, n=2, size=64):
+    channels, height, width = model.default_cfg['input_size']
+    return torch.randn(n, channels, min(size, height), min(size, width))
+
+
 @torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
     """`model` with batch norms as after training: no zeros, no identity, no two paths alike by chance."""

@@ -49,17 +49,17 @@ def write_file(path: Path, content: Union[str, bytes]) -> None:
 
 
 def check_folder(path: Union[str, Path]) -> None:
-    """Refuse what is there and is no folder to write to.
+    """Refuse the name of a folder to write to where there is something else.
 
     Raises:
-        ValueError: As it says.
+        ValueError: There is.
     """
     if Path(path).exists() and not Path(path).is_dir():
         raise ValueError(f'{path} is a file; give the name of a folder')
 
 
 def first_sentence(error: Exception) -> str:
-    """What is wrong with a file, without the advice that torch adds, to load files that may run code."""
+    """What is wrong, without what torch adds: advice to load files that may run code, a list of all its devices."""
     return str(error).partition('\n')[0].partition('. ')[0] or type(error).__name__
 
 

@@ -22,7 +22,7 @@ def check_model_name(name: str) -> None:
     if not timm.is_model(name):
         known = timm.list_models()
         longer = [each for each in known if each.startswith(f'{name}_')]
-        near = [*longer, *(each for each in difflib.get_close_matches(name, known, n=4) if each not in longer)][:4]
+        near = list(dict.fromkeys([*longer, *difflib.get_close_matches(name, known, n=4)]))[:4]
         there_is = f'near names are {", ".join(near)}' if near else '`weighted-skip list` has those of this package'
         raise ValueError(f'no model is called {name!r}; {there_is}')
     model, tag = split_model_name_tag(name)

@@ -70,20 +70,14 @@ def run_seeds(
         again = shlex.join(['--resume', str(folder)])
         raise ValueError(f'{folder} holds a run; go on with it by {again}, or give another --experiment')
     args = yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     results = []
     try:
-        with alone_in(folder):
-            try:
-                for seed in seeds:
-                    task.recipe.seed = seed
-                    of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
-                    of_seed.mkdir(exist_ok=True)
-                    results.append(run(task, of_seed, analysis, partial(write_file, folder / ARGS, args)))
-            finally:
-                if is_new and not (folder / ARGS).exists():
-                    shutil.rmtree(folder)
+        with _folder_for_run(folder):
+            for seed in seeds:
+                task.recipe.seed = seed
+                of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
+                of_seed.mkdir(exist_ok=True)
+                results.append(run(task, of_seed, analysis, partial(write_file, folder / ARGS, args)))
     except KeyboardInterrupt:
         again = shlex.join(['weighted-skip', 'train', '--resume', str(folder)])
         raise KeyboardInterrupt(f'stopped; go on with: {again}') from None
@@ -92,6 +86,19 @@ def run_seeds(
     result = summary(results)
     write_file(folder / RESULT, json.dumps(result, indent=1))
     return result
+
+
+@contextmanager
+def _folder_for_run(folder: Path) -> Iterator[None]:
+    """Have `folder` to oneself; one that is made here goes again if no training begins."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        try:
+            yield
+        finally:
+            if is_new and not (folder / ARGS).exists():
+                shutil.rmtree(folder)
 
 
 @contextmanager
