@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import create_dataset, create_transform, resolve_data_config
 from torchvision.transforms import functional as tv
 
 from timm_weighted_skip.analysis.data import load_images
@@ -185,6 +185,25 @@ def test_torchvisions_files_are_read_by_training_and_by_analyses(tmp_path):
         (raw / 't10k-images-idx3-ubyte').write_bytes(whole[:size])
         with pytest.raises(OSError, match='if they are damaged, remove them and fetch them again with --download'):
             load_image_set('mnist', False, tmp_path)
+
+
+def test_torchvisions_imagenet_has_several_names_for_a_class(tmp_path):
+    names = {f'n{number}': (f'name{number}', 'alias') for number in range(3)}
+    torch.save((names, []), tmp_path / 'meta.bin')
+    for wnid in names:
+        (tmp_path / 'val' / wnid).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(tmp_path / 'val' / wnid / '0.png')
+    images = load_images('imagenet', timm.create_model('resnet14_cifar', num_classes=3), tmp_path)
+    assert images.classes == ['name0, alias', 'name1, alias', 'name2, alias']
+    assert [label for _, label in images] == [0, 1, 2]
+
+
+def test_images_are_of_the_size_that_timm_tests_with():
+    net = timm.create_model('awm_resnet18.a1_in1k', num_classes=10)
+    assert net.pretrained_cfg['test_input_size'] != net.pretrained_cfg['input_size']
+    expected = create_transform(**resolve_data_config({}, model=net, use_test_size=True))
+    assert str(load_images('digits', net).transform) == str(expected)
+    assert load_images('digits', net, input_size=(3, 64, 64))[0][0].shape == (3, 64, 64)
 
 
 def test_what_is_no_image_set_is_refused_in_one_line(tmp_path):

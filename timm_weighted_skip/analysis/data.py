@@ -88,7 +88,8 @@ def load_images(
     Args:
         name: 'digits', scikit-learn's; 'folder', `data_dir/{train,validation}/<class>/<image>`; NAME for
             `data_dir/NAME_{train,test}.npz` with arrays `images`, `labels` and perhaps `classes`, or else torchvision's
-            data set in `data_dir`; or a name of timm's `create_dataset`, such as `hfds/cifar10`.
+            data set in `data_dir`; or a name of timm's `create_dataset`, such as
+            `hfds/ILSVRC/imagenet-1k`.
         model: Tells input size, normalisation and number of classes.
         data_dir: Where the data lies.
         split: 'train', or timm's names for the rest.
@@ -107,7 +108,7 @@ def load_images(
         source, classes = _Pictures(data), list(data.classes)
     elif name == 'folder':
         source = open_folder(Path(data_dir or '.'), train)
-        classes = list(source.reader.class_to_idx)
+        classes = _class_names(source)
     else:
         dataset = name if '/' in name else f'torch/{name}'
         try:
@@ -122,13 +123,22 @@ def load_images(
             raise ValueError(f'--data {name} needs --data-dir, the folder of its files') from None
         if isinstance(source, IterableDataset):
             raise ValueError(f'{name!r} is a stream; give a data set whose images have numbers')
-        classes = getattr(source, 'classes', None) or list(source.reader.class_to_idx)
+        classes = _class_names(source)
+        if not classes:
+            raise ValueError(f'{name!r} does not name its classes; give a data set that does')
     if not len(source):
         raise ValueError(f'{name!r}, split {split!r}, has no images')
     check_classes(model, classes)
     if isinstance(source, ImageDataset):
         source = _Files(source)
-    return LabelledImages(source, list(classes), *_transform(model, data_args))
+    return LabelledImages(source, classes, *_transform(model, data_args))
+
+
+def _class_names(source: Any) -> list[str]:
+    """The names that one of timm's or torchvision's data sets gives its classes; of several for one, all."""
+    reader = getattr(source, 'reader', None)
+    names = getattr(source, 'classes', None) or getattr(reader, 'class_to_idx', ())
+    return [name if isinstance(name, str) else ', '.join(name) for name in names]
 
 
 def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[Image.Image], torch.Tensor], str]:
@@ -138,7 +148,7 @@ def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[I
     if channels not in (1, 3):
         raise ValueError(f'the net takes images of {channels} channels; give one of 1 or 3, as pictures have')
     given = {name: value for name, value in data_args.items() if value is not None}
-    given.setdefault('input_size', (channels, *cfg['input_size'][1:]))
+    given.setdefault('input_size', (channels, *(cfg.get('test_input_size') or cfg['input_size'])[1:]))
     if given['input_size'][0] != channels:
         raise ValueError(
             f'the net takes {channels} channel(s), and input_size has {given["input_size"][0]}; give {channels} H W'
@@ -150,6 +160,6 @@ def _transform(model: nn.Module, data_args: dict[str, Any]) -> tuple[Callable[[I
                 f'the net takes {channels} channel(s), and {name} has {len(value)} value(s); '
                 'give --mean and --std as it was trained'
             )
-    config = resolve_data_config(given, model=model)
+    config = resolve_data_config(given, model=model, use_test_size=True)
     check_input_size(model, *config['input_size'][1:])
     return create_transform(**config), 'L' if channels == 1 else 'RGB'
