@@ -275,6 +275,23 @@ def test_every_picture_is_drawn_and_labelled(tmp_path):
             assert len((tmp_path / f'{name}.csv').read_text().splitlines()) == len(table.rows) + 1
 
 
+def test_many_runs_and_classes_stay_legible(tmp_path):
+    def height(runs):
+        figure = curves(runs).figures['curves']()
+        figure.draw_without_rendering()
+        return figure.axes[0].get_window_extent().height
+
+    long = 'a_name_of_more_than_twenty_four_letters'
+    runs = [write_run(tmp_path / f'{long}{i}', [50], ['joint'], model='resnet20') for i in range(20)]
+    assert height(runs) > 0.9 * height(runs[:2])
+
+    images = 300
+    read = collected(np.full((images, 3), 0.5), np.arange(images))
+    axes = gate_table(read, [f'class {k}' for k in range(images)]).figures['classes']().axes[0]
+    assert axes.get_ylabel() == 'class (number, from 0)'
+    assert len(axes.get_yticks()) < 20
+
+
 def test_the_same_numbers_draw_the_same_file():
     draw = group_variance({'cifar10': CIFAR10}, UNITS).figures['variance']
     assert render(draw(), 'svg') == render(draw(), 'svg')

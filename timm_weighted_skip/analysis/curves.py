@@ -233,7 +233,8 @@ def _shade(axes: 'Axes', runs: Sequence[Run]) -> None:
 
 @styled
 def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Figure':
-    figure = new_figure(height=4.2)
+    columns = 1 if max(map(len, names)) > 24 else 2
+    figure = new_figure(height=4.2 + 0.16 * max(0, len(names) / columns - 4))  # a long legend takes none of the plots'
     top, bottom = figure.subplots(2, sharex=True)
     for index, (name, run) in enumerate(zip(names, runs)):
         hue, style = colour(index)
@@ -250,7 +251,7 @@ def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Fig
     top.set_ylabel('top-1 error (%)' if error else 'top-1 accuracy (%)')
     bottom.set_ylabel('loss (nats)')
     bottom.set_xlabel('epoch (number); thick: test, thin: training')
-    legend_above(top, 1 if max(map(len, names)) > 24 else 2, 1.0)
+    legend_above(top, columns, 1.0)
     return figure
 
 

@@ -153,9 +153,11 @@ def _draw_classes(means: np.ndarray, classes: Sequence[str], collected: Collecte
     extent = (0.5, len(units) + 0.5, len(classes) - 0.5, -0.5)
     image = axes.imshow(means, cmap='PuOr', vmin=-limit, vmax=limit, aspect='auto', extent=extent, interpolation='none')
     label_units(axes, units, letter=0.026)
-    axes.set_yticks(range(len(classes)), map(literal, classes), fontsize=7 if len(classes) <= 20 else 4)
+    legible = len(classes) <= 120
+    if legible:
+        axes.set_yticks(range(len(classes)), map(literal, classes), fontsize=7 if len(classes) <= 20 else 4)
     axes.set_xlabel(f'{what} (number)')
-    axes.set_ylabel('class')
+    axes.set_ylabel('class' if legible else 'class (number, from 0)')
     bar = figure.colorbar(image, ax=axes)
     bar.set_label(f"mean {symbol} minus the plain net's")
     return figure
