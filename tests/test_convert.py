@@ -176,6 +176,14 @@ def test_a_trained_gate_is_refused():
         to_plain(net)
 
 
+def test_fold_is_named_where_it_would_do():
+    net = timm.create_model('adaresnet14_cifar', skip_init=1.0)
+    net.layer2[0].merge.weight.data.fill_(-0.3)  # of a projection, which takes any sign
+    assert not fold(net)[1]
+    with pytest.raises(ValueError, match=r'layer2\.0: w = -0\.3, not 1 \(`fold` can absorb it\)'):
+        to_plain(net)
+
+
 @pytest.mark.parametrize(
     ('name', 'convert', 'why'),
     [

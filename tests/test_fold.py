@@ -184,6 +184,11 @@ def test_a_layer_that_cannot_take_a_weight_is_refused(change, why):
         fold(net)
 
 
+def test_features_alone_are_not_folded():
+    with pytest.raises(ValueError, match='FeatureListNet is a part of a net; fold the whole net'):
+        fold(timm.create_model('adaresnet18', features_only=True))
+
+
 def test_a_net_without_values_is_refused():
     with pytest.raises(ValueError, match='meta device has no values'):
         fold(timm.create_model('adaresnet14_cifar', device='meta'))

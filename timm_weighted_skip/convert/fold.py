@@ -44,14 +44,16 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
     divided by `a_k` (it reads the scaled stream) and its last norm multiplied by `a_(k+1)`. `a = 1` at the end of the
     last stage leaves the head as it was; the chain of scales ends at the projection that opens a stage, so that the
     output of the stage before is as it was too, and otherwise goes on through that stage, at last to the stem's norm.
-    All of it is computed in float64.
+    So a feature in front of an identity shortcut that opens a stage, such as the stem's of a CIFAR net, is in other
+    units. All of it is computed in float64.
 
     An identity shortcut with `w <= 0` can't be folded. Take `x > 0` with `F(x) = 0`: the weighted unit gives
     `relu(w x) = 0`, a plain unit in any units `a > 0` gives `relu(a x) = a x > 0`. (Units `a < 0` do not pass through
     relu.) Such a unit stays weighted, with its `w`.
 
     Args:
-        model: An AdaResNet. It stays as it is; the result is a copy.
+        model: An AdaResNet, in the precision of its deployment, as float16 may lack the range for products of weights.
+            It stays as it is; the result is a copy.
 
     Returns:
         The folded net and the names of the units that are still weighted. Without such it is a plain timm net, whose
@@ -64,8 +66,10 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
             the net's precision.
     """
     model = unwrap_model(model)
-    merges = [module for module in model.modules() if isinstance(module, SkipWeight)]
-    if not isinstance(model, ResNet) or all(merge.weight is None for merge in merges):
+    merges = [module for module in model.modules() if isinstance(module, SkipWeight) and module.weight is not None]
+    if merges and not isinstance(model, ResNet):
+        raise ValueError(f'{type(model).__name__} is a part of a net; fold the whole net, then take its features')
+    if not merges:
         raise ValueError(f'{type(model).__name__} has no weights to fold; nets that have are called adaresnet*')
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError('a net on the meta device has no values to fold; load its weights first')

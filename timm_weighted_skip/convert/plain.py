@@ -25,14 +25,14 @@ PLAIN = {
 
 
 @torch.no_grad()
-def _why_not_plain(merge: nn.Module) -> str:
-    """Why `merge` is not the plain sum or concatenation; '' if it is."""
+def _why_not_plain(merge: nn.Module, projection: bool) -> str:
+    """Why `merge`, of a unit with a `projection` or without, is not the plain sum or concatenation; '' if it is."""
     if any(tensor.is_meta for tensor in merge.state_dict().values()):
         return 'its weights are on the meta device, where they have no values'
     if isinstance(merge, SkipWeight):
         if merge.weight is None or merge.weight == 1:
             return ''
-        hint = ' (`fold` can absorb it)' if merge.weight > 0 else ''
+        hint = ' (`fold` can absorb it)' if projection or merge.weight > 0 else ''
         return f'w = {merge.weight.item():.4g}, not 1{hint}'
     if merge.gate is None:
         return ''
@@ -53,7 +53,12 @@ def unweigh(model: nn.Module) -> None:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (SkipWeight, ActiveWeightedMapping, ActiveWeightedConcat))
     }
-    reasons = {name.removesuffix('.merge'): why for name, merge in merges.items() if (why := _why_not_plain(merge))}
+    reasons: dict[str, str] = {}
+    for name, merge in merges.items():
+        unit = name.removesuffix('.merge')
+        projection = getattr(model.get_submodule(unit), 'downsample', None) is not None
+        if why := _why_not_plain(merge, projection):
+            reasons[unit] = why
     if reasons:
         first = '; '.join(f'{name}: {why}' for name, why in list(reasons.items())[:3])
         raise ValueError(
