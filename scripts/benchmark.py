@@ -261,7 +261,7 @@ def readme_table(files: list[Path]) -> str:
     """What runs with `--json` measured, in short: a table per device and precision, by kind of run, without plain nets.
 
     Raises:
-        OSError, ValueError: A file can't be read, or is none of `--json`.
+        OSError, ValueError: A file can't be read, is none of `--json`, or measures again what another has measured.
     """
     of_device: dict[tuple[str, str], list[tuple[dict, dict[str, dict]]]] = {}
     for file in files:
@@ -283,10 +283,13 @@ def device_table(runs: list[tuple[dict, dict[str, dict]]]) -> str:
         times, saved = ', '.join([setting['mode'], *flags]), ', '.join(['saved', *flags])
         for name, row in rows.items():
             if name != (plain := plain_of(name)):
-                columns.setdefault(times, {})[name] = with_quartiles(row['ratio'])
+                if name in columns.setdefault(times, {}):
+                    raise ValueError(f'{name}, {times}, is measured twice; give files of which no two agree in that')
+                columns[times][name] = with_quartiles(row['ratio'])
                 if row['saved']:
                     columns.setdefault(saved, {})[name] = f'{row["saved"] / rows[plain]["saved"]:.3f}'
-        threads = f', {setting["threads"]} thread' if setting['device'] == 'cpu' else ''
+        plural = '' if setting['threads'] == '1' else 's'
+        threads = f', {setting["threads"]} thread{plural}' if setting['device'] == 'cpu' else ''
         batch = f', batches of {setting["batch_size"]}' if setting['batch_size'] else ''
         versions = f'torch {setting["torch"]}, timm {setting["timm"]}'
         settings.add(f'{setting["device"]}{threads}{batch}, {setting["rounds"]} rounds, {versions}')

@@ -6,7 +6,7 @@
 In every form each net runs beside its plain net, alternating in one process. `ratio` is the median over the rounds of a
 net's time over the plain net's of the same form and round, with the quartiles in brackets. `error` is the largest
 difference from the eager net's output, relative to that output's largest value. The nets have random weights, gates
-included, and int8 is calibrated with random images: its time is a trained net's, its error need not be.
+included, and int8 is calibrated with the images that it is timed on: its time is a trained net's, its error is not.
 """
 
 import argparse

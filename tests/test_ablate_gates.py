@@ -1,5 +1,6 @@
 """`scripts/ablate_gates.py`: other weights in the gates' place, and nothing else."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,22 @@ def test_the_table_begins_with_the_net_as_it_is(script, digits):
     assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
     assert rows[0][1] == evaluate_on(net, test)['top1']
     assert rows[2][1] != rows[0][1]
+
+
+@torch.no_grad()
+def test_new_statistics_are_those_of_the_training_images(script, digits):
+    net, batches, test = digits
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean += 3
+    _, stored, new = script.ablate(net, batches, test).rows[0]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+    net.train()
+    for x, _ in batches.shuffled(seed=0, epoch=0):
+        net(x)
+    assert new == evaluate_on(net.eval(), test)['top1'] > stored
 
 
 @pytest.mark.parametrize(

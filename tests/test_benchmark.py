@@ -122,6 +122,11 @@ def test_readme_table_comes_from_the_files(benchmark, tmp_path, capsys):
         '',
         'Measured on: A GPU, batches of 256, 21 rounds, torch 2.9, timm 1.0.',
     ]
+    again = write('again.json', [('resnet18', [1, 1, 1], 0.0), ('awm_resnet18', [2, 2, 2], 0.0)],
+                  mode='eval', channels_last='False', threads='4')  # fmt: skip
+    with pytest.raises(SystemExit, match='2'):
+        benchmark('--readme', infer, again)
+    assert 'awm_resnet18, eval, is measured twice' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
