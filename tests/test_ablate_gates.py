@@ -1,6 +1,5 @@
 """`scripts/ablate_gates.py`: other weights in the gates' place, and nothing else."""
 
-import copy
 from pathlib import Path
 
 import pytest

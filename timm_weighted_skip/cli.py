@@ -82,7 +82,8 @@ def _add_analysis_data_arguments(parser: argparse.ArgumentParser, required: bool
                        help="'digits'; 'folder': DIR/{train,validation}/CLASS/IMAGE; DIR/NAME_{train,test}.npz or "
                        "torchvision's files in DIR; or a name of timm's, such as hfds/ILSVRC/imagenet-1k")  # fmt: skip
     group.add_argument('--data-dir', metavar='DIR')
-    group.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's for tests")
+    group.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'),
+                       help="default: the model's for tests")  # fmt: skip
     group.add_argument('--mean', type=float, nargs='+', help="pixel mean per channel; default: the model's")
     group.add_argument('--std', type=float, nargs='+', help="pixel deviation per channel; default: the model's")
     group.add_argument('--batch-size', type=int, default=128, metavar='N', help='default: %(default)s')

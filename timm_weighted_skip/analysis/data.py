@@ -136,8 +136,7 @@ def load_images(
 
 def _class_names(source: Any) -> list[str]:
     """The names that one of timm's or torchvision's data sets gives its classes; of several for one, all."""
-    reader = getattr(source, 'reader', None)
-    names = getattr(source, 'classes', None) or getattr(reader, 'class_to_idx', ())
+    names: Any = getattr(source, 'classes', None) or getattr(getattr(source, 'reader', None), 'class_to_idx', ())
     return [name if isinstance(name, str) else ', '.join(name) for name in names]
 
 

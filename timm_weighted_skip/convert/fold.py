@@ -67,10 +67,10 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
     """
     model = unwrap_model(model)
     merges = [module for module in model.modules() if isinstance(module, SkipWeight) and module.weight is not None]
-    if merges and not isinstance(model, ResNet):
-        raise ValueError(f'{type(model).__name__} is a part of a net; fold the whole net, then take its features')
     if not merges:
         raise ValueError(f'{type(model).__name__} has no weights to fold; nets that have are called adaresnet*')
+    if not isinstance(model, ResNet):
+        raise ValueError(f'{type(model).__name__} is a part of a net; fold the whole net, then take its features')
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError('a net on the meta device has no values to fold; load its weights first')
     net = copy.deepcopy(model)
