@@ -7,10 +7,12 @@ import pickle
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from timm.layers import set_reentrant_ckpt
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
 import timm_weighted_skip  # noqa: F401  registers the models
@@ -293,6 +295,32 @@ def test_gates_at_their_start_are_half_to_the_bit_in_the_first_backbone_phase():
     for model in (net, plain):
         run_epoch(model, create_optimizer_v2(model, **SGD), 0)
     assert all(bits(net)[name] == value for name, value in bits(plain).items())
+
+
+@pytest.mark.parametrize('by_stage', [False, True])
+def test_fully_sharded_nets_train_what_a_phase_says(tmp_path, by_stage):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        net = make_net(layers=(1, 1, 1))
+        mesh = dist.device_mesh.init_device_mesh('cpu', (1,))
+        for part in [net.layer1, net.layer2, net.layer3] * by_stage + [net]:
+            fully_shard(part, mesh=mesh)
+        optimizer, freezing = create_optimizer_v2(net, **SGD), AlternateFreezing(1)
+
+        def values():
+            return {name: parameter.full_tensor().clone() for name, parameter in net.named_parameters()}
+
+        for epoch in range(3):
+            phase, before = freezing(net, epoch), values()
+            run_epoch(net, optimizer, epoch)
+            moved = {name for name, value in values().items() if not torch.equal(value, before[name])}
+            assert moved == groups(net)[phase == 'backbone']
+            with torch.no_grad():
+                net.eval()(torch.randn(2, 3, 8, 8))  # after which FSDP2 shows what it gathered
+        freezing.release(net)
+        assert all(parameter.requires_grad for parameter in net.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize('period', [-1, 1.5, True, '3', None])

@@ -15,6 +15,7 @@ __all__ = ['AlternateFreezing', 'Phase']
 
 Phase = Literal['backbone', 'gates', 'joint']
 NOTE = '_freezing'
+JOINTLY = 'train with period 0 (--alternate-freeze 0, or alternate_freeze: 0 in the file of -c)'
 
 
 class _Note(NamedTuple):
@@ -109,7 +110,8 @@ class AlternateFreezing:
         if phase == 'joint':
             self.release(model)
             return phase
-        net, gates = unwrap_model(model), _gates(model)
+        net = _own_net(model)
+        gates = _gates(model)
         note = _note(net)
         for name, parameter in net.named_parameters():
             if name in note.held:
@@ -129,7 +131,7 @@ class AlternateFreezing:
 
     def release(self, model: nn.Module) -> None:
         """Let everything of `model` be trained that the user did not freeze."""
-        net = unwrap_model(model)
+        net = _own_net(model)
         if NOTE not in vars(net):
             return
         note = _note(net)
@@ -141,19 +143,26 @@ class AlternateFreezing:
         del vars(net)[NOTE]
 
 
+def _own_net(model: nn.Module) -> nn.Module:
+    """The net without its wrappers, with the parameters that it trains."""
+    net = unwrap_model(model)
+    for module in net.modules():
+        if hasattr(module, 'reshard'):
+            # After a forward without gradients FSDP2's modules show the parameters that they gathered, which go again.
+            module.reshard()
+    return net
+
+
 def _gates(model: nn.Module) -> set[nn.Parameter]:
     """The parameters of the gates of a net that can be trained in phases."""
     net = unwrap_model(model)
     if isinstance(net, torch.jit.ScriptModule):
-        raise ValueError(
-            'a scripted net can not be trained in phases; leave out --torchscript, or train with period 0 '
-            '(--alternate-freeze 0)'
-        )
+        raise ValueError(f'a scripted net can not be trained in phases; leave out --torchscript, or {JOINTLY}')
     gates = {p for m in net.modules() if isinstance(m, Gate) for p in m.parameters()}
     if not gates:
         raise ValueError(
             f'{type(net).__name__} has no gates to train in turn with its backbone; nets that have are called '
-            'awm_* (such as awm_resnet20_cifar), made without plain=True; or train with period 0 (--alternate-freeze 0)'
+            f'awm_* (such as awm_resnet20_cifar), made without plain=True; or {JOINTLY}'
         )
     if any(getattr(m, 'grad_checkpointing', False) for m in net.modules()) and use_reentrant_ckpt():
         raise ValueError(
