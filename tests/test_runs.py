@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from timm_weighted_skip.cli import main
 from timm_weighted_skip.hub import save_checkpoint
 from timm_weighted_skip.nets import load_net
-from timm_weighted_skip.train.task import read_task
+from timm_weighted_skip.train.runs import run_seeds
+from timm_weighted_skip.train.task import Task, read_task
 
 
 def train(folder, *more):
@@ -74,6 +75,30 @@ def test_a_net_from_weights_of_ones_own_can_be_loaded_again(tmp_path, capsys):
     capsys.readouterr()
     assert main(['eval', str(tmp_path / 'run'), '--data', 'digits']) == 0
     assert json.loads(capsys.readouterr().out)['top1'] == pytest.approx(accuracy)
+    command = json.loads((tmp_path / 'run' / 'result.json').read_text())['command']
+    assert 'backbone.safetensors' in command
+    assert str(tmp_path) not in command
+    assert 'license' not in load_net(str(tmp_path / 'run')).pretrained_cfg  # the file's is not known
+
+
+def test_a_run_goes_on_without_the_weights_it_began_with(tmp_path):
+    backbone = tmp_path / 'backbone.safetensors'
+    save_file(timm.create_model('awm_resnet14_cifar', in_chans=1).state_dict(), backbone)
+    assert train(tmp_path, '--model-kwargs', f'checkpoint_path={backbone}') == 0
+    backbone.unlink()
+    (tmp_path / 'run' / 'result.json').unlink()
+    assert main(['train', '--resume', str(tmp_path / 'run')]) == 0
+
+
+def test_stopped_before_it_began_a_run_names_no_folder_to_go_on_in(tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_weighted_skip.train.runs.load_image_set', stop)
+    task = Task('awm_resnet14_cifar', 'digits')
+    with pytest.raises(KeyboardInterrupt, match='stopped before the training began'):
+        run_seeds(task, tmp_path / 'run', [0])
+    assert not (tmp_path / 'run').exists()
 
 
 def test_weights_that_began_as_a_tags_go_by_their_models_name(tmp_path, capsys):

@@ -73,8 +73,9 @@ def save_checkpoint(
     for updates, older in _stems(folder):
         if updates < state['updates']:
             half_written = folder.glob(f'.{older.name}.*')  # by a run that was killed
-            # .pth.tar goes before the weights: what is left is no checkpoint.
-            for path in (*half_written, *sorted(folder.glob(f'{older.name}.*'))):
+            # The state goes before all weights: what is left is no checkpoint.
+            files = sorted(folder.glob(f'{older.name}.*'), key=lambda path: not path.name.endswith(STATE))
+            for path in (*half_written, *files):
                 path.unlink()
 
 

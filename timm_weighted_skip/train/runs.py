@@ -79,6 +79,8 @@ def run_seeds(
                 of_seed.mkdir(exist_ok=True)
                 results.append(run(task, of_seed, analysis, partial(write_file, folder / ARGS, args)))
     except KeyboardInterrupt:
+        if not (folder / ARGS).exists():
+            raise KeyboardInterrupt('stopped before the training began') from None
         again = shlex.join(['weighted-skip', 'train', '--resume', str(folder)])
         raise KeyboardInterrupt(f'stopped; go on with: {again}') from None
     if len(seeds) == 1:
@@ -98,7 +100,7 @@ def _folder_for_run(folder: Path) -> Iterator[None]:
             yield
         finally:
             if is_new and not (folder / ARGS).exists():
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)  # some systems can't remove the lock's open file
 
 
 @contextmanager
@@ -165,9 +167,11 @@ def run(
             'same (an npz without `classes` is taken to have those of its labels alone, a folder those with images)'
         )
     random_seed(recipe.seed)
-    # A checkpoint replaces all weights: those that the run began with need not be there any more.
-    pretrained = task.pretrained and not has_checkpoint(folder)
-    net = make_net(task.model, train, pretrained, **recipe.model_kwargs)
+    pretrained, model_kwargs = task.pretrained, dict(recipe.model_kwargs)
+    if has_checkpoint(folder):  # it replaces all weights: those that the run began with need not be there any more
+        pretrained = False
+        model_kwargs.pop('checkpoint_path', None)
+    net = make_net(task.model, train, pretrained, **model_kwargs)
     trainer = Trainer(net, recipe, train, test, task.device)
     if 0 < trainer.epochs <= recipe.alternate_freeze:
         begins = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
@@ -257,8 +261,11 @@ def _trained(task: Task, trainer: Trainer) -> Trained:
     kwargs = {name: value for name, value in {**arguments, **task.recipe.model_kwargs}.items() if name not in FOREIGN}
     config: Any = trainer.net.pretrained_cfg
     mean, std = list(trainer.mean), list(trainer.std)
-    began = config.get('license') if task.pretrained else None
-    return Trained(model, kwargs, list(batches.classes), size, mean, std, license=began)
+    overlay = task.recipe.model_kwargs.get('pretrained_cfg_overlay') or {}
+    # The license of the net's own weights is not that of others in their place.
+    others = not {'file', 'url', 'hf_hub_id', 'state_dict'}.isdisjoint(overlay)
+    began = overlay.get('license') if others else config.get('license')
+    return Trained(model, kwargs, list(batches.classes), size, mean, std, license=began if task.pretrained else None)
 
 
 def _save(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:

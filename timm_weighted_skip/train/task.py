@@ -4,7 +4,7 @@ import argparse
 import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import timm
 from timm.models import parse_model_name
@@ -74,6 +74,18 @@ def task_of(args: argparse.Namespace) -> tuple[Task, list[int], Path]:
     return task, args.seeds or [recipe.seed], Path(args.output) / experiment
 
 
+def _without_folders(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a net with the files of weights that they name, but not where these lie."""
+    return {
+        name: _without_folders(value)
+        if isinstance(value, dict)
+        else Path(value).name
+        if name in ('file', 'checkpoint_path') and isinstance(value, str)
+        else value
+        for name, value in model_kwargs.items()
+    }
+
+
 def command_of(task: Task) -> str:
     """What trains the net of a run again, with the data wherever they are."""
     known = task.recipe_name in list_recipes()
@@ -83,4 +95,6 @@ def command_of(task: Task) -> str:
     model = f'local-dir:{Path(model).name}' if where == 'local-dir' else task.model  # a path says where, not what
     source = ['--model', model, '--data', task.data, *(['--pretrained'] if task.pretrained else [])]
     source += ['--recipe', str(task.recipe_name)] if known else []
+    if 'model_kwargs' in changed:
+        changed['model_kwargs'] = _without_folders(changed['model_kwargs'])
     return shlex.join(['weighted-skip', 'train', *source, *recipe_arguments({**changed, 'seed': recipe['seed']})])

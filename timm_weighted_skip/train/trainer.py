@@ -358,9 +358,11 @@ class Trainer:
 
     def _clipped(self) -> list[nn.Parameter]:
         """What a gradient's norm is taken of; by timm's custom, 'agc' leaves the classifier out."""
-        head = set()
+        head: set[nn.Parameter] = set()
         if self.recipe.clip_mode == 'agc':
-            head = set(self.net.get_classifier().parameters())  # type: ignore[operator]
+            classifier: Any = self.net.get_classifier()  # type: ignore[operator]
+            heads = classifier if isinstance(classifier, tuple) else (classifier,)  # a distilled net has two
+            head = {p for each in heads for p in each.parameters()}
         return [p for p in self.net.parameters() if p.grad is not None and p not in head]
 
     def evaluate(self) -> dict[str, float]:
