@@ -1,5 +1,6 @@
 """`save`, `convert` and `fold` on the command line, of training runs and of files of weights."""
 
+import argparse
 import json
 import shlex
 from pathlib import Path
@@ -145,7 +146,17 @@ def test_anothers_weights_have_no_classes_of_our_checkpoint(tmp_path):
     named = ['awm_resnet14_cifar', tmp_path / 'saved', '--checkpoint', str(weights), '--model-kwargs', 'in_chans=1']
     assert 'airplane' in timm.get_pretrained_cfg_value('awm_resnet14_cifar', 'label_names')
     config = saved_config(*named)
-    assert 'label_names' not in {**config, **config['pretrained_cfg']}
+    assert not {'label_names', 'license'} & {**config, **config['pretrained_cfg']}.keys()
+
+
+def test_a_checkpoint_of_timms_train_py_says_what_images_it_was_told_of(tmp_path):
+    weights = tmp_path / 'last.pth.tar'
+    told = argparse.Namespace(mean=[0.3], std=None, img_size=48, crop_pct=0.9, num_classes=10)
+    torch.save({'state_dict': timm.create_model('awm_resnet14_cifar').state_dict(), 'args': told}, weights)
+    config = saved_config('awm_resnet14_cifar', tmp_path / 'saved', '--checkpoint', str(weights))['pretrained_cfg']
+    assert (config['mean'], config['input_size'], config['crop_pct']) == ([0.3] * 3, [3, 48, 48], 0.9)
+    assert config['std'] == [*timm.get_pretrained_cfg_value('awm_resnet14_cifar', 'std')]  # train.py's, untold
+    assert 'license' not in config
 
 
 def test_convert_and_fold_take_a_run(tmp_path):
@@ -156,6 +167,17 @@ def test_convert_and_fold_take_a_run(tmp_path):
     nets = [timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).eval() for name in ('plain', 'awm')]
     torch.testing.assert_close(nets[0](x), load_net(str(run))(x))
     torch.testing.assert_close(nets[1](x), nets[0](x))
+
+
+def test_the_recipe_of_a_card_has_the_precision_and_all_code_that_trained(tmp_path):
+    run = json.loads((train(tmp_path, data=images(tmp_path)) / 'result.json').read_text())
+    assert Results.of_run(run, 'run').recipe == run['command'] + ' --no-amp'
+    on_gpu = {**run, 'amp': True, 'commit': 'b' * 40, 'earlier': [{'commit': 'a' * 40}, {'commit': 'b' * 40}]}
+    results = Results.of_run(on_gpu, 'run')
+    assert results.recipe == run['command'] + ' --amp'
+    assert results.commit == f'{"a" * 40}, {"b" * 40}'
+    asked = {**on_gpu, 'recipe': {**run['recipe'], 'amp': True}}
+    assert Results.of_run(asked, 'run').recipe == run['command']
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The net that a user names, with its weights: a registered model, a folder, a Hub repository or a training run."""
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass, fields, replace
@@ -12,6 +13,7 @@ from typing import Any, Optional, Union
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.data import resolve_data_config
 from timm.models import (
     get_pretrained_cfg,
     get_pretrained_cfg_value,
@@ -52,7 +54,12 @@ DAMAGED = SafetensorError, UnpicklingError, EOFError
 MISFITS = RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError
 """What timm and torch raise over arguments, weights and images that no net takes; ours raise a `ValueError`."""
 
-UNKNOWN = dict.fromkeys(('tag', 'label_names', 'label_descriptions', 'description', 'origin_url'))
+UNKNOWN = dict.fromkeys(
+    (
+        *('tag', 'label_names', 'label_descriptions', 'description', 'origin_url', 'license', 'paper_ids'),
+        *('test_input_size', 'test_crop_pct'),
+    )
+)
 """What the default cfg of a registered model says of its own weights, and not of others."""
 
 
@@ -131,8 +138,6 @@ class Trained:
             'mean': tuple(self.mean),
             'std': tuple(self.std),
             'label_names': self.classes,
-            'test_input_size': None,
-            'test_crop_pct': None,
         }
         return {**self.model_kwargs, **shape, 'pretrained_cfg_overlay': config}
 
@@ -219,11 +224,26 @@ def find_net(source: str, checkpoint: Optional[Union[str, Path]] = None) -> Name
     found = _find(source)
     try:
         trained = Trained.read(checkpoint)
-    except ValueError:  # another trainer's checkpoints say nothing of themselves, nor of their classes' names
-        return replace(found, weights=checkpoint, arguments={'pretrained_cfg_overlay': UNKNOWN, **found.arguments})
+    except ValueError:  # another trainer's say nothing of their net, nor of their classes' names
+        overlay = {**UNKNOWN, **_images_of(checkpoint)}
+        return replace(found, weights=checkpoint, arguments={'pretrained_cfg_overlay': overlay, **found.arguments})
     if architecture(found.name)[0] != split_model_name_tag(trained.model)[0]:
         raise ValueError(f'{checkpoint} is of {trained.model}, not of {source}; name {trained.model} with it')
     return _trained_net(trained, checkpoint)
+
+
+def _images_of(checkpoint: Path) -> dict[str, Any]:
+    """What timm's `train.py` was told of its images, where that is written in its checkpoint, by timm's names."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            told = vars(torch.load(checkpoint, map_location='cpu', weights_only=True, mmap=True)['args'])
+        config = resolve_data_config(told)
+    except Exception:  # whatever it is: no checkpoint of that script; `_read_state` says what is wrong with a file
+        return {}
+    given = [name for name in ('mean', 'std', 'interpolation', 'crop_pct') if told.get(name) is not None]
+    if told.get('input_size') is not None or told.get('img_size') is not None:
+        given.append('input_size')
+    return {name: config[name] for name in given}
 
 
 def _trained_net(trained: Trained, file: Path) -> NamedNet:

@@ -88,6 +88,10 @@ def _block(text: str, language: str = 'python') -> str:
     return f'```{language}\n{text}\n```\n'
 
 
+def _code(commit: str) -> str:
+    return f'`{commit.rstrip("+")}`' + ' with changes' * commit.endswith('+')
+
+
 def _results_section(results: Results, name: str) -> str:
     rows = {f'**{name}**': results.top1, **results.comparison}
     table = markdown_table(['model', 'top-1'], [[name, accuracy(top1)] for name, top1 in rows.items()])
@@ -179,7 +183,7 @@ def model_card(folder: Path, repo_id: str) -> str:
         + (f'\n- **Dataset:** {results.dataset}' if results else '')
         + (
             f'\n- **Recipe:** `{results.recipe}`\n- **Seeds:** {", ".join(map(str, results.seeds))}'
-            f'\n- **Code:** `{results.commit.rstrip("+")}`{" with changes" * results.commit.endswith("+")}'
+            f'\n- **Code:** {", ".join(map(_code, results.commit.split(", ")))}'
             if results
             else '\n- **Training:** not recorded'
         )

@@ -40,6 +40,7 @@ class Results:
         top1: Accuracy after the last epoch in %, one per seed.
         seed: The run whose weights these are.
         commit: Version of the code that trained it, a commit or a release; with '+' at its end, it was changed since.
+            Of a run that went on with other code, all, with commas between.
         license: Of the weights; without one, that of the net's config.
         description: What a reader should know of these weights, in a sentence or two.
         comparison: Other nets' accuracies under the same recipe, name to one per seed.
@@ -108,6 +109,11 @@ class Results:
             ValueError: A field is missing or has a value that makes no sense.
         """
         try:
+            recipe = run['command']
+            if run['recipe'].get('amp') is None:  # by the device, which may be another the next time
+                recipe += ' --amp' if run['amp'] else ' --no-amp'
+            commits = dict.fromkeys(part['commit'] for part in (*run.get('earlier', ()), run))
+            release = f'timm-weighted-skip {run["versions"]["timm_weighted_skip"]}'
             dataset, identifier = DATASETS.get(run['data'], (run['data'], run['data']))
             seed, top1 = run['recipe']['seed'], run['last']['top1']
             seeds, accuracies = (of_all['seeds'], of_all['last']['top1']) if of_all else ([seed], [top1])
@@ -115,12 +121,12 @@ class Results:
                 dataset=dataset,
                 dataset_id=identifier,
                 split='validation' if run['data'] == 'folder' else 'test',
-                recipe=run['command'],
+                recipe=recipe,
                 epochs=run['epochs'],
                 seeds=seeds,
                 top1=[round(value, 2) for value in accuracies],
                 seed=seed,
-                commit=run['commit'] or f'timm-weighted-skip {run["versions"]["timm_weighted_skip"]}',
+                commit=', '.join(commit or release for commit in commits),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
