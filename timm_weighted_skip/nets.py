@@ -54,12 +54,8 @@ DAMAGED = SafetensorError, UnpicklingError, EOFError
 MISFITS = RuntimeError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError
 """What timm and torch raise over arguments, weights and images that no net takes; ours raise a `ValueError`."""
 
-UNKNOWN = dict.fromkeys(
-    (
-        *('tag', 'label_names', 'label_descriptions', 'description', 'origin_url', 'license', 'paper_ids'),
-        *('test_input_size', 'test_crop_pct'),
-    )
-)
+OF_WEIGHTS = 'tag', 'description', 'license', 'origin_url', 'paper_ids', 'label_names', 'label_descriptions'
+UNKNOWN = dict.fromkeys((*OF_WEIGHTS, 'test_input_size', 'test_crop_pct'))
 """What the default cfg of a registered model says of its own weights, and not of others."""
 
 

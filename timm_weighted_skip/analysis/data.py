@@ -88,8 +88,7 @@ def load_images(
     Args:
         name: 'digits', scikit-learn's; 'folder', `data_dir/{train,validation}/<class>/<image>`; NAME for
             `data_dir/NAME_{train,test}.npz` with arrays `images`, `labels` and perhaps `classes`, or else torchvision's
-            data set in `data_dir`; or a name of timm's `create_dataset`, such as
-            `hfds/ILSVRC/imagenet-1k`.
+            data set in `data_dir`; or a name of timm's `create_dataset`, such as `hfds/ILSVRC/imagenet-1k`.
         model: Tells input size, normalisation and number of classes.
         data_dir: Where the data lies.
         split: 'train', or timm's names for the rest.

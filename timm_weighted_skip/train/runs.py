@@ -264,8 +264,8 @@ def _trained(task: Task, trainer: Trainer) -> Trained:
     overlay = task.recipe.model_kwargs.get('pretrained_cfg_overlay') or {}
     # The license of the net's own weights is not that of others in their place.
     others = not {'file', 'url', 'hf_hub_id', 'state_dict'}.isdisjoint(overlay)
-    began = overlay.get('license') if others else config.get('license')
-    return Trained(model, kwargs, list(batches.classes), size, mean, std, license=began if task.pretrained else None)
+    began = (overlay if others else config).get('license') if task.pretrained else None
+    return Trained(model, kwargs, list(batches.classes), size, mean, std, license=began)
 
 
 def _save(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:

@@ -76,25 +76,23 @@ def task_of(args: argparse.Namespace) -> tuple[Task, list[int], Path]:
 
 def _without_folders(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a net with the files of weights that they name, but not where these lie."""
-    return {
-        name: _without_folders(value)
-        if isinstance(value, dict)
-        else Path(value).name
-        if name in ('file', 'checkpoint_path') and isinstance(value, str)
-        else value
-        for name, value in model_kwargs.items()
-    }
+    named = dict(model_kwargs)
+    for name, value in model_kwargs.items():
+        if isinstance(value, dict):
+            named[name] = _without_folders(value)
+        elif name in ('file', 'checkpoint_path') and isinstance(value, str):
+            named[name] = Path(value).name
+    return named
 
 
 def command_of(task: Task) -> str:
     """What trains the net of a run again, with the data wherever they are."""
     known = task.recipe_name in list_recipes()
     recipe, base = asdict(task.recipe), asdict(load_recipe(task.recipe_name if known else None))
+    recipe['model_kwargs'] = _without_folders(recipe['model_kwargs'])
     changed = {name: value for name, value in recipe.items() if value != base[name] and name != 'seed'}
     where, model = parse_model_name(task.model)
     model = f'local-dir:{Path(model).name}' if where == 'local-dir' else task.model  # a path says where, not what
     source = ['--model', model, '--data', task.data, *(['--pretrained'] if task.pretrained else [])]
     source += ['--recipe', str(task.recipe_name)] if known else []
-    if 'model_kwargs' in changed:
-        changed['model_kwargs'] = _without_folders(changed['model_kwargs'])
     return shlex.join(['weighted-skip', 'train', *source, *recipe_arguments({**changed, 'seed': recipe['seed']})])
