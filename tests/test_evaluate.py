@@ -7,6 +7,7 @@ import timm
 import torch
 from torch.nn.functional import cross_entropy
 
+from timm_weighted_skip.checks import check_device
 from timm_weighted_skip.data import ImageSet, load_image_set
 from timm_weighted_skip.train.evaluate import evaluate_on
 
@@ -40,3 +41,14 @@ def test_classes_in_another_order_than_the_nets_are_refused():
         evaluate_on(net, turned)
     expected = evaluate_on(net, data)
     assert evaluate_on(net, replace(data, classes=tuple('abcdefghij'))) == expected  # names that say nothing to the net
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    def empty_of_mps(*size, dtype=None, device=None):
+        if dtype == torch.float64:
+            raise TypeError('Cannot convert a MPS Tensor to float64 dtype. Please use float32 instead.')
+        return torch.zeros(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, 'empty', empty_of_mps)
+    with pytest.raises(ValueError, match=r"'mps' is not to be had \(.* to float64 dtype\); give cpu or cuda"):
+        check_device('mps')

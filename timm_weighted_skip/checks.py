@@ -51,13 +51,13 @@ def check_device(device: str) -> torch.device:
     """The device of that name.
 
     Raises:
-        ValueError: torch has none.
+        ValueError: torch has none, or it can't take the sums over images, which are of float64.
     """
     try:
-        empty = torch.empty(0, device=device)
+        empty = torch.empty(0, dtype=torch.float64, device=device)  # a TypeError of "mps"
         empty.cpu()  # which "meta" can't
         return empty.device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f'device {device!r} is not to be had ({first_sentence(error)}); give cpu or cuda') from None
 
 
