@@ -140,3 +140,10 @@ def test_counting_leaves_nothing_on_a_net_that_fails():
     with pytest.raises(RuntimeError):
         count_costs(model, torch.randn(1, 4, 8, 8))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize('name', ['pit_ti_224', 'coat_tiny'])
+def test_nets_that_widen_a_parameter_are_counted(name):
+    with torch.device('meta'):
+        costs = count_costs(timm.create_model(name).eval(), torch.zeros(1, 3, 224, 224))
+    assert costs.macs > costs.params > 0

@@ -133,6 +133,8 @@ def discriminate(
 
 @styled
 def _draw(table: Table, sizes: list[list], chance: float) -> 'Figure':
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(height=2.8)
     axes = figure.subplots()
     top = max(row[1] for row in table.rows)
@@ -143,7 +145,7 @@ def _draw(table: Table, sizes: list[list], chance: float) -> 'Figure':
         axes.plot(rank, rate, color=hue, marker='os^D'[index % 4], label=f'{name} ({dimensions})')
     ranks = np.arange(1, top + 1)
     axes.plot(ranks, chance * ranks, color='0.5', linestyle=':', label='chance')
-    axes.set_xticks(ranks)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.set_ylim(0, 102)
     axes.set_xlabel('rank $k$ (number of classes)')
     axes.set_ylabel('identification rate (%)')
