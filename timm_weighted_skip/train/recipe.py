@@ -6,6 +6,7 @@ The names are those of timm's train.py, so that a recipe is also a file for its 
 # ruff: noqa: RUF009  the functions called in the dataclass return fields
 
 import argparse
+import ast
 import difflib
 import math
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 import yaml
-from timm.utils import ParseKwargs
 
 from timm_weighted_skip.checks import check_choice, check_count
 
@@ -32,14 +32,20 @@ __all__ = [
 ]
 
 
-class NamedValues(ParseKwargs):
-    """timm's NAME=VALUE arguments."""
+class NamedValues(argparse.Action):
+    """NAME=VALUE arguments, as timm's `ParseKwargs`, of which that before 1.0.31 fails on a path."""
 
     def __call__(self, parser, namespace, values, option_string=None):
+        named = {}
         for value in values:
-            if '=' not in value:
+            name, given, text = value.partition('=')
+            if not given:
                 parser.error(f'argument {option_string}: {value!r} is not NAME=VALUE')
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                named[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                named[name] = text
+        setattr(namespace, self.dest, named)
 
 
 def _option(default: Any, text: str, kind: Callable = str, metavar: str = 'X', **arguments: Any) -> Any:
