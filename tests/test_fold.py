@@ -131,6 +131,14 @@ def prune_first(net):
     prune.l1_unstructured(net.layer1[1].conv1, 'weight', 0.3)
 
 
+def clamp_branch(net):
+    net.layer1[1].bn2.register_forward_hook(lambda module, args, output: output.clamp(max=0.1))
+
+
+def patch_forward(net):
+    net.layer1[1].conv1.forward = torch.zeros_like
+
+
 def normalise_weight(net):
     parametrizations.weight_norm(net.layer1[1].conv1)
 
@@ -166,7 +174,9 @@ def clip_stem(net):
 @pytest.mark.parametrize(
     ('change', 'why'),
     [
-        (prune_first, 'layer1.1.conv1 is a Conv2d with hooks'),
+        (prune_first, 'layer1.1.conv1 has forward hooks, as pruning leaves'),
+        (clamp_branch, 'layer1.1.bn2 has forward hooks'),
+        (patch_forward, 'layer1.1.conv1 is a Conv2d with a forward of its own'),
         (normalise_weight, 'layer1.1.conv1 is a ParametrizedConv2d'),
         (tie_convolutions, r'layer1\.2\.conv1\.weight is used by more than one layer'),
         (share_norm, r'\.bn2\.weight is used by more than one layer'),

@@ -61,9 +61,9 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
         whose units share no weight.
 
     Raises:
-        ValueError: `model` is no AdaResNet, an activation or a branch is not homogeneous, a layer that a weight would
-            go into has no parameters of its own to take it, or the product of a stage's weights leaves the range of
-            the net's precision.
+        ValueError: `model` is no AdaResNet or has forward hooks, an activation or a branch is not homogeneous, a layer
+            that a weight would go into has no parameters of its own to take it, or the product of a stage's weights
+            leaves the range of the net's precision.
     """
     model = unwrap_model(model)
     merges = [module for module in model.modules() if isinstance(module, SkipWeight) and module.weight is not None]
@@ -73,6 +73,12 @@ def fold(model: nn.Module) -> tuple[ResNet, list[str]]:
         raise ValueError(f'{type(model).__name__} is a part of a net; fold the whole net, then take its features')
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError('a net on the meta device has no values to fold; load its weights first')
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(
+                f'{name or "the net"} has forward hooks, as pruning leaves, which might change features that are in '
+                'other units after folding; remove them first'
+            )
     net = copy.deepcopy(model)
     blocks = [block for name, stage in net.named_children() if name.startswith('layer') for block in stage]
     for block in blocks:
@@ -151,12 +157,12 @@ def _scale(
 ) -> None:
     """Multiply `tensors` of a layer in place, rounding once, where its output is made of them and of nothing else's."""
     name = _name(net, layer)
-    # Pruning, weight norm and the like change the class or make the weight in a hook.
-    if type(layer) not in kinds or layer._forward_pre_hooks or 'forward' in vars(layer):
-        hooks = ' with hooks' if type(layer) in kinds else ''
+    # Weight norm and the like change the class; others put a function in the place of `forward`.
+    if type(layer) not in kinds or 'forward' in vars(layer):
+        patched = ' with a forward of its own' if type(layer) in kinds else ''
         raise ValueError(
-            f'{name} is a {type(layer).__name__}{hooks}, into which no weight can be folded; kinds that take one are '
-            f'{", ".join(dict.fromkeys(kind.__name__ for kind in kinds))}, without pruning or parametrizations'
+            f'{name} is a {type(layer).__name__}{patched}, into which no weight can be folded; kinds that take one are '
+            f'{", ".join(dict.fromkeys(kind.__name__ for kind in kinds))}, without parametrizations'
         )
     named = (net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False))
     everything = [tensor for _, tensor in chain(*named)]
