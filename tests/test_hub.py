@@ -126,6 +126,24 @@ def test_arguments_that_no_output_tells_are_noticed_too(tmp_path, args):
     save_checkpoint(net, tmp_path / 'net.tag', model_args=args)
 
 
+def test_a_net_without_a_classifier_is_an_encoder_of_features(tmp_path):
+    folder = save_checkpoint(trained_net(num_classes=0), tmp_path / 'net')
+    card = (folder / 'README.md').read_text()
+    assert 'pipeline_tag: image-feature-extraction' in card
+    assert 'lassif' not in card
+    assert 'embedding = model(images)  # (1, 64)' in card
+
+
+def test_what_no_config_can_tell_is_refused(tmp_path):
+    args = {'norm_layer': torch.nn.InstanceNorm2d}
+    net = timm.create_model('awm_resnet14_cifar', **args)
+    with pytest.raises(ValueError, match=r"norm_layer=<class .*InstanceNorm2d'> can not be told in config.json"):
+        save_checkpoint(net, tmp_path / 'net', model_args=args)
+    with pytest.raises(ValueError, match='the net does not take an image of its input size: mat1'):
+        save_checkpoint(trained_net(global_pool=''), tmp_path / 'net', model_args={'global_pool': ''})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_net_without_a_registered_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match='awm_seresnet18 is not registered'):
         save_checkpoint(to_awm(timm.create_model('seresnet18')), tmp_path / 'net')

@@ -77,7 +77,9 @@ import torch
 
 model = timm.create_model('hf-hub:{repo_id}', pretrained=True, num_classes=0).eval()
 images = torch.randn({shape})
-embedding = model(images)  # {embedding_shape}
+embedding = model(images)  # {embedding_shape}"""
+
+EMBED_BEFORE_CLASSIFIER = """
 
 # or with the classifier in place:
 features = model.forward_features(images)  # {feature_shape}
@@ -115,6 +117,8 @@ def model_card(folder: Path, repo_id: str) -> str:
 
     config = read_json(folder / 'config.json')
     results = Results.from_dict(config['results']) if 'results' in config else None
+    classifies = config['num_classes'] > 0
+    task = 'image-classification' if classifies else 'image-feature-extraction'
     architecture, cfg, args = config['architecture'], config['pretrained_cfg'], config.get('model_args', {})
     shape = (1, *cfg['input_size'])
     with torch.device('meta'):
@@ -145,8 +149,8 @@ def model_card(folder: Path, repo_id: str) -> str:
     data = ModelCardData(
         library_name='timm',
         license=cfg.get('license'),
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'timm-weighted-skip'],
+        pipeline_tag=task,
+        tags=[task, 'timm', 'timm-weighted-skip'],
         **evaluation,
     )
 
@@ -158,6 +162,7 @@ def model_card(folder: Path, repo_id: str) -> str:
         'awm': 'A net with Active Weighted Mapping: paths are merged with weights that are inferred from each image',
     }
     family = '' if plain else architecture[:3]
+    other = 'An image classification net' if classifies else 'An image backbone'
     mode = {1: 'L', 3: 'RGB'}.get(shape[1])  # PIL's, of which other numbers of channels have none
     fill = dict(
         repo_id=repo_id,
@@ -169,13 +174,19 @@ def model_card(folder: Path, repo_id: str) -> str:
         feature_shape=tuple(features.shape),
         embedding_shape=tuple(model.forward_head(features, pre_logits=True).shape),  # type: ignore[operator]
     )
+    usage = {
+        **({'Image Classification': CLASSIFY if mode else CLASSIFY_PIXELS} if classifies else {}),
+        'Feature Map Extraction': FEATURES,
+        'Image Embeddings': EMBED + EMBED_BEFORE_CLASSIFIER * classifies,
+    }
     parts = [
         f'---\n{data.to_yaml()}\n---\n# Model card for {repo_id.split("/")[-1]}\n',
-        f'{about.get(family, "An image classification net")}. From the package `timm-weighted-skip`, a plugin of '
+        f'{about.get(family, other)}. From the package `timm-weighted-skip`, a plugin of '
         '`timm`; `pip install timm-weighted-skip`.\n',
         *([f'{results.description}\n'] if results and results.description else []),
         '## Model Details\n',
-        '- **Model Type:** Image classification / feature backbone\n- **Model Stats:**\n'
+        f'- **Model Type:** {"Image classification / feature backbone" if classifies else "Image feature encoder"}\n'
+        '- **Model Stats:**\n'
         f'  - Params (M): {costs.params / 1e6:.2f}\n'
         f'  - GMACs: {costs.macs / 1e9:.3f}\n'
         f'  - Activations (M): {costs.activations / 1e6:.2f}\n'
@@ -188,9 +199,7 @@ def model_card(folder: Path, repo_id: str) -> str:
             else '\n- **Training:** not recorded'
         )
         + '\n',
-        '## Model Usage\n### Image Classification\n' + _block((CLASSIFY if mode else CLASSIFY_PIXELS).format(**fill)),
-        '### Feature Map Extraction\n' + _block(FEATURES.format(**fill)),
-        '### Image Embeddings\n' + _block(EMBED.format(**fill)),
+        '## Model Usage\n' + '\n'.join(f'### {title}\n{_block(code.format(**fill))}' for title, code in usage.items()),
         '## Model Comparison\n'
         + (
             _results_section(results, architecture + ' (plain)' * plain)

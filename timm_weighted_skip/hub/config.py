@@ -1,5 +1,6 @@
 """What a checkpoint directory says of its net: timm's `config.json`, and in it the training and what it measured."""
 
+import json
 import math
 import statistics
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -169,7 +170,7 @@ def model_config(
 
     Raises:
         ValueError: The architecture is not registered, as of `to_awm` of a net whose AWM form has no name; or `model`
-            is another module, such as a net of features only.
+            is another module, such as a net of features only; or one of its arguments is a class or a function.
     """
     if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'num_classes'):
         raise ValueError(f'{type(model).__name__} is no classifier of timm; give a net of create_model as a whole')
@@ -202,6 +203,11 @@ def model_config(
         'pretrained_cfg': cfg,
     }
     args = args_beside_weights(model_args or {})
+    for name, value in args.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ValueError(f"{name}={value!r} can not be told in config.json; give timm's name of it") from None
     if in_chans != 3:
         args['in_chans'] = in_chans  # timm takes it from the input size, but transformers makes the net of these alone
     config['model_args'] = args  # none as well: transformers would save a null, which timm 1.0.31 can't read

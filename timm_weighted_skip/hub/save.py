@@ -16,9 +16,10 @@ import timm_weighted_skip
 from timm_weighted_skip.files import read_json, write_file
 from timm_weighted_skip.hub.card import model_card
 from timm_weighted_skip.hub.checkpoint import validate_checkpoint
-from timm_weighted_skip.hub.config import SAMPLE, Results, add_results, model_config
+from timm_weighted_skip.hub.config import SAMPLE, Results, add_results, model_config, one_line
 from timm_weighted_skip.hub.weights import write_weights
 from timm_weighted_skip.models.pretrained import HUB_OWNER
+from timm_weighted_skip.nets import MISFITS
 
 __all__ = ['save_checkpoint', 'save_weights', 'update_results']
 
@@ -116,4 +117,7 @@ def _sample(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, tor
     """One image (1, C, H, W) of noise and its logits (1, classes)."""
     net = copy.deepcopy(model).cpu().float().eval()  # as it loads
     image = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0))
-    return {'input': image, 'logits': net(image)}
+    try:
+        return {'input': image, 'logits': net(image)}
+    except MISFITS as misfit:
+        raise ValueError(f'the net does not take an image of its input size: {one_line(misfit)}') from None
