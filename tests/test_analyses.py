@@ -307,6 +307,29 @@ def test_a_report_refers_to_nothing_outside_itself_and_escapes():
     assert '&lt;a&gt; &amp; b' in page
 
 
+def test_of_a_long_table_the_terminal_shows_both_ends():
+    table = Table(['epoch', 'loss'], [[epoch, 0.5] for epoch in range(350)])
+    lines = table.text().splitlines()
+    assert lines[1].split()[0] == '0'
+    assert lines[-1].split()[0] == '349'
+    (said,) = (line for line in lines if 'more' in line)
+    assert len(lines) - 2 + int(said.split()[1]) == 350
+    assert len(table.csv().splitlines()) == 351
+    whole = Table(['epoch'], [[epoch] for epoch in range(120)]).text().splitlines()
+    assert [*map(int, whole[1:])] == [*range(120)]
+
+
+def test_a_sweep_of_the_period_draws_no_period_apart(tmp_path):
+    runs = [
+        write_run(tmp_path / f'{t}{seed}', [80 + seed], ['joint'], model='awm', recipe={'alternate_freeze': t})
+        for t in (0, 3)
+        for seed in (0, 1)
+    ]
+    (axes,) = sweep(runs, 'recipe.alternate_freeze').figures['sweep']().axes
+    assert [*axes.get_xticks()] == [3]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ['awm, together', 'awm']
+
+
 def test_a_cell_of_markdown_stays_one():
     assert Table(['a'], [['x | <b>\ny']]).markdown() == '| a |\n| --- |\n| x \\| &lt;b&gt; y |'
 

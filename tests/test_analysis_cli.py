@@ -75,7 +75,7 @@ def test_a_run_gives_the_weights_of_the_same_net_in_a_checkpoint_folder(folder, 
     assert rows(tmp_path / 'a' / 'weights.csv') == rows(tmp_path / 'c' / 'weights.csv')
 
 
-def test_rounds_and_variance_from_files_and_runs(tmp_path):
+def test_rounds_and_variance_from_files_and_runs(tmp_path, capsys):
     files, weights, layers = [], [], [(s, b) for s in (1, 2, 3) for b in (0, 1)]
     for seed in range(4):
         net = make_net('adaresnet14_cifar', seed, skip_init='normal')
@@ -93,7 +93,9 @@ def test_rounds_and_variance_from_files_and_runs(tmp_path):
     assert value['a'] == pytest.approx(w[0].var(0).mean())
     assert value['a, b'] == pytest.approx(w.mean(1).var(0).mean())
     runs = [run_folder(tmp_path / f'run{i}', make_net('adaresnet14_cifar', i), 'adaresnet14_cifar') for i in range(2)]
+    capsys.readouterr()
     assert main(['inspect', *map(str, runs)]) == 0
+    assert f'round 2: {runs[1]}' in capsys.readouterr().out.splitlines()
 
 
 def test_extremes_and_discriminate(folder, tmp_path):

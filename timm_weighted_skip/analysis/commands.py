@@ -65,7 +65,11 @@ def inspect_result(args: argparse.Namespace) -> Result:
     pairs = [(model, checkpoint) for model in args.model for checkpoint in args.checkpoint or [None]]
     if args.data is None:
         _check_no_image_options(args)
-        return _table([load_net(model, checkpoint, args.model_kwargs) for model, checkpoint in pairs])
+        result = _table([load_net(model, checkpoint, args.model_kwargs) for model, checkpoint in pairs])
+        if len(pairs) > 1:
+            names = (checkpoint or model for model, checkpoint in pairs)
+            result.about.update({f'round {number}': name for number, name in enumerate(names, 1)})
+        return result
     if len(pairs) > 1:
         raise ValueError(f'{len(pairs)} nets with --data; an AWM net is inspected alone')
     _, images, collected = _read(args, *pairs[0])

@@ -259,16 +259,23 @@ def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Fig
 def _draw_sweep(rows: Sequence[Sequence[Any]], against: str) -> 'Figure':
     figure = new_figure()
     axes = figure.subplots()
+    field = against.rsplit('.', 1)[-1]
+    in_turn = field == 'alternate_freeze'
     for index, series in enumerate(dict.fromkeys(row[0] for row in rows)):
         hue, style = colour(index)
-        x, error, deviation = np.array([(row[1], row[3], row[4]) for row in rows if row[0] == series], float).T
+        values = np.array([(row[1], row[3], row[4]) for row in rows if row[0] == series], float)
+        if in_turn and values[0, 0] == 0:  # all trained together, which is no period
+            _, error, deviation = values[0]
+            axes.axhline(error, color=hue, linestyle=':', linewidth=1, label=f'{literal(series)}, together')
+            axes.axhspan(error - deviation, error + deviation, color=hue, alpha=0.15, linewidth=0)
+            values = values[1:]
+        x, error, deviation = values.T
         axes.errorbar(
             x, error, deviation, color=hue, linestyle=style, marker='os^D'[index % 4], capsize=2, label=literal(series)
         )
-    field = against.rsplit('.', 1)[-1]
     axes.set_xlabel({'depth': 'depth (layers)', 'alternate_freeze': 'period t (epochs)'}.get(field, field))
-    axes.set_ylabel('top-1 error, last epoch (%)')
-    axes.set_xticks(sorted({row[1] for row in rows}))
+    axes.set_ylabel('top-1 error, last epoch (%, ± std)')
+    axes.set_xticks(sorted({row[1] for row in rows if not in_turn or row[1]}))
     axes.xaxis.set_major_formatter('{x:g}')
     axes.legend()
     return figure

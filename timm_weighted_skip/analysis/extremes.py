@@ -73,5 +73,5 @@ def _draw(sheet: dict[str, list[tuple[Image.Image, str, float]]], columns: int =
                 image, name, value = entry
                 shown = image if image.mode == 'L' else image.convert('RGB')
                 axes.imshow(shown, cmap='gray', vmin=0, vmax=255, interpolation='none')  # grey as it is, not stretched
-                axes.set_xlabel(f'{literal(name)}\n$\\Sigma\\lambda_1$ = {value:.3f}', fontsize=7)
+                axes.set_xlabel(f'{literal(name)}\n$\\Sigma\\lambda_1$ = {value:.4f}', fontsize=7)
     return figure

@@ -75,7 +75,7 @@ def gate_table(collected: Collected, classes: Optional[Sequence[str]] = None) ->
         'weights': len(collected.units),
         'top-1 accuracy (%)': collected.accuracy,
     }
-    columns = ['unit', 'kind', 'identity', 'mean', 'variance', 'min', 'max']
+    columns = ['unit', 'kind', 'plain net', 'mean', 'variance', 'min', 'max']
     statistics = [weights.mean(0), weights.var(0), weights.min(0), weights.max(0)]
     rows = [
         [unit, kind, float(identity), *map(float, values)]

@@ -51,7 +51,8 @@ def html_report(title: str, sections: Mapping[str, Result]) -> str:
                 for figure in [draw()]
             },
             'tables': {
-                name: (table.columns, table.cells(), len(table.rows) > _LONG) for name, table in result.tables.items()
+                name: (table.columns, table.cells(), table.numeric(), len(table.rows) > _LONG)
+                for name, table in result.tables.items()
             },
         }
         for heading, result in sections.items()

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ['Result', 'Table', 'format_value', 'require']
 
 
+LONGEST = 120
+"""Rows that the terminal shows of a table: the per-class weights of a small net, not every epoch of several runs."""
+
+
 def require(*modules: str) -> None:
     """Raise an ImportError that says what to install unless every one of `modules`, of the analysis extra, is there."""
     missing = [module for module in modules if find_spec(module) is None]
@@ -48,16 +52,26 @@ class Table:
         """The rows as text to read."""
         return [[format_value(value) for value in row] for row in self.rows]
 
+    def numeric(self) -> list[bool]:
+        """Whether a column holds numbers."""
+        return [not any(isinstance(value, str) for value in column) for column in zip(*self.rows)]
+
     def text(self) -> str:
-        """For the terminal: numbers to the right, words to the left."""
+        """For the terminal: numbers to the right, words to the left, and of a long table both ends."""
         lines = [list(self.columns), *self.cells()]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        numeric = [not any(isinstance(value, str) for value in column) for column in zip(*self.rows)]
-        aligned = (
-            [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric)]
+        aligned = [
+            [
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, self.numeric())
+            ]
             for line in lines
-        )
-        return '\n'.join('  '.join(line).rstrip() for line in aligned)
+        ]
+        text = ['  '.join(line).rstrip() for line in aligned]
+        if left_out := max(0, len(self.rows) - LONGEST):
+            half = LONGEST // 2
+            text[half + 1 : -half] = [f'... {left_out} rows more, all of which --output DIR writes']
+        return '\n'.join(text)
 
     def markdown(self, right: bool = False) -> str:
         """For a README; with `right`, all columns but the first are put to the right."""
