@@ -21,12 +21,12 @@ from timm_weighted_skip.train.trainer import Trainer
 number, updates = map(int, sys.argv[1:3])
 train_epoch = Trainer.train_epoch
 
-def stopping(self, progress):
+def stopping(self, progress, stopped):
     def stop(images, loss):
         progress(images, loss)
         if self.position.updates == updates:
             os.kill(os.getpid(), number)
-    return train_epoch(self, stop)
+    return train_epoch(self, stop, stopped)
 
 Trainer.train_epoch = stopping
 sys.exit(main(['train', *sys.argv[3:]]))

@@ -17,7 +17,7 @@ from timm_weighted_skip.train.batches import Batches
 from timm_weighted_skip.train.recipe import Recipe
 from timm_weighted_skip.train.runs import run_seeds
 from timm_weighted_skip.train.task import Task
-from timm_weighted_skip.train.trainer import normalisation
+from timm_weighted_skip.train.trainer import normalisation, pixel_moments
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -59,6 +59,21 @@ def test_pixel_statistics_are_the_recipes_else_the_nets_else_the_images():
     assert normalisation(Recipe(mean=of_channels), net, colour) == (tuple(of_channels), net.pretrained_cfg['std'])
     mean, std = normalisation(Recipe(mean=[0.0]), net, grey)
     assert (mean, std) == ((0.0,), pytest.approx((pixels.std(),), rel=1e-3))
+
+
+def test_pixel_statistics_do_not_depend_on_the_number_of_threads():
+    images = image_set(channels=2).images
+    pixels = images.double() / 255
+    expected = [pixels.mean((0, 1, 2)).tolist(), pixels.std((0, 1, 2)).tolist()]
+    assert [*pixel_moments(images)] == [pytest.approx(values, rel=1e-12) for values in expected]
+    threads, many, found = torch.get_num_threads(), image_set(2000, 32, 1).images, []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(pixel_moments(many))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
 
 
 def by_torchvision(image, padding, top, left, flip):

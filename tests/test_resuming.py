@@ -111,6 +111,8 @@ def test_a_run_that_went_on_where_it_was_tells_of_one_machine(stopped_run, monke
     [
         ('classes', lambda data: replace(data, classes=data.classes[::-1])),
         ('input_size', lambda data: replace(data, images=data.images.repeat(1, 2, 1, 1))),
+        ('training and test images', lambda data: replace(data, images=data.images.flip(0))),
+        ('training and test images or labels', lambda data: replace(data, labels=data.labels.roll(1))),
     ],
 )
 def test_a_run_does_not_go_on_with_other_images(stopped_run, monkeypatch, capsys, named, change):
@@ -126,17 +128,34 @@ def test_a_run_does_not_go_on_with_other_pixel_means(stopped_run, monkeypatch, c
     assert 'began with other mean, std than the images and awm_resnet14_cifar have now' in capsys.readouterr().err
 
 
+def test_a_run_from_before_images_were_noted_is_gone_on_with(stopped_run):
+    (file,) = stopped_run.glob('checkpoint-*.pth.tar')
+    state = torch.load(file, weights_only=True)
+    del state['book']['images']
+    torch.save(state, file)
+    assert main(['train', '--resume', str(stopped_run)]) == 0
+
+
+def test_ctrl_c_while_an_epoch_is_written_down_keeps_it(tmp_path, monkeypatch):
+    save = runs._save
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, '_save', lambda *args: signal.raise_signal(signal.SIGINT) or save(*args))
+        with pytest.raises(SystemExit):
+            main(train_args(tmp_path))
+    assert checkpoints.read_checkpoint(tmp_path / 'run', [''])[1]['epoch'] == 1
+
+
 def test_ctrl_c_after_the_best_epoch_leaves_its_weights(tmp_path, monkeypatch):
     train_epoch, best, kept = Trainer.train_epoch, tmp_path / 'run' / 'model_best.safetensors', []
 
-    def interrupted(self, progress):
+    def interrupted(self, progress, stopped):
         def stop(images, loss):
             progress(images, loss)
             if self.position.epoch == 1:
                 kept.append(best.read_bytes())
                 signal.raise_signal(signal.SIGINT)
 
-        return train_epoch(self, stop)
+        return train_epoch(self, stop, stopped)
 
     monkeypatch.setattr(Trainer, 'train_epoch', interrupted)
     with pytest.raises(SystemExit):
@@ -184,6 +203,7 @@ def test_a_checkpoint_survives_what_befalls_the_next_one(tmp_path, monkeypatch):
         assert state == {'updates': 1}
         assert torch.equal(weights['']['w'], tensors['']['w'])
     (tmp_path / '.checkpoint-1.safetensors.0.part').touch()  # as a kill would leave it
+    (tmp_path / 'checkpoint-0.safetensors').touch()
     checkpoints.save_checkpoint(tmp_path, tensors, {'updates': 2}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint-2.pth.tar', 'checkpoint-2.safetensors']
 

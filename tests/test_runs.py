@@ -167,9 +167,30 @@ def test_what_is_refused_leaves_all_as_it_was(tmp_path, capsys):
     assert main(['train', '--resume', str(folder)]) == 0
 
 
-def test_an_error_without_words_has_its_name(tmp_path, capsys):
+def test_weights_to_begin_with_that_are_not_there_are_named(tmp_path, capsys):
     assert train(tmp_path, '--model-kwargs', f'checkpoint_path={tmp_path / "none.pth"}') == 1
-    assert capsys.readouterr().err.splitlines()[-1] == 'weighted-skip: FileNotFoundError'
+    assert 'none.pth' in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_bad_seed_is_refused_before_the_training_of_a_good_one(tmp_path, capsys):
+    assert train(tmp_path, '--seeds', '1', '-1') == 1
+    assert 'seed=-1 is not allowed' in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_of_runs_is_not_offered_to_go_on_in(tmp_path, capsys):
+    assert train(tmp_path / 'run') == 0
+    assert train(tmp_path) == 1
+    assert capsys.readouterr().err.endswith('holds a run; give another --experiment\n')
+    assert train(tmp_path / 'run') == 1
+    assert 'go on with it by --resume' in capsys.readouterr().err
+
+
+def test_a_test_loss_that_is_not_finite_is_refused(tmp_path, capsys):
+    # One update, after which nothing but the test can find that the weights lead nowhere.
+    assert train(tmp_path, '--batch-size', '1024', '--lr', '1e30') == 1
+    assert 'the test loss is nan' in capsys.readouterr().err
+    assert not (tmp_path / 'run' / 'result.json').exists()
 
 
 def test_a_run_too_short_for_its_gates_says_so(tmp_path, capsys):

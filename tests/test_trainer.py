@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 
 import numpy as np
 import pytest
@@ -163,13 +162,9 @@ def test_stopped_between_any_two_updates_and_resumed_it_ends_with_the_same_bits(
     for stop in range(1, 9):
         first = make_trainer(**recipe)
 
-        def interrupt(images, loss, first=first, stop=stop):
-            if first.position.updates == stop:
-                os.kill(os.getpid(), signal.SIGINT)
-
         with contextlib.suppress(EpochStopped):
             for _ in range(2):
-                first.train_epoch(interrupt)
+                first.train_epoch(stopped=lambda first=first, stop=stop: first.position.updates == stop)
         assert first.position.updates == stop
         folder = tmp_path / str(stop)
         folder.mkdir()
@@ -284,6 +279,7 @@ def test_a_mode_asks_for_compiling():
         (['--device', 'abacus'], "device 'abacus'"),
         (['--seeds', '1', '0', '--seed', '3'], '--seed 3 with --seeds'),
         (['--seeds', '1', '0', '1'], '--seeds has 1 more than once'),
+        (['--seeds', '1', '4294967296'], 'seed=4294967296 is not allowed'),
         (['--grad-accum-steps', '99'], 'more than an epoch of 22 batches'),
         (['--batch-size', '2000', '--sched-on-updates'], 'a batch of 2000 from 1437 images; give a smaller'),
         (['--opt', 'adamw', '--opt-betas', '0.9'], 'opt_betas=[0.9] is not allowed; give two or more'),
@@ -293,6 +289,9 @@ def test_a_mode_asks_for_compiling():
         (['--smoothing', '1'], 'smoothing=1.0 is not allowed; give a number of 0 or more, below 1'),
         (['--std', '0'], 'the pixel deviations are [0.0]; give --std with numbers above 0'),
         (['--model-kwargs', 'pretrained=True'], 'give --pretrained instead'),
+        (['--model-kwargs', 'hidden=1j'], 'an argument is of a kind that args.yaml can not hold'),
+        (['--experiment', __file__], 'test_trainer.py is a file; give the name of a folder'),
+        (['--resume', ''], '--resume goes on as the run was started; give no --'),
         (['--opt-kwargs', 'foreach=True', 'fused=True'], "optimizer 'sgd'"),
         (['--model-kwargs', 'features_only=True'], 'does not give one number per class; train the whole net'),
         (['--model-kwargs', 'layers=(1,1)'], 'a CIFAR ResNet has three stages'),

@@ -337,7 +337,7 @@ def add_train(verbs) -> None:
         from timm_weighted_skip.train.runs import describe, run_seeds
         from timm_weighted_skip.train.task import read_task, task_of
 
-        if args.resume:
+        if args.resume is not None:
             others = vars(args).keys() - {'resume', 'device', 'data_dir'}
             given = [name for name in vars(args) if name in others and getattr(args, name) != parser.get_default(name)]
             if given:
@@ -350,7 +350,7 @@ def add_train(verbs) -> None:
             args.model, args.device = args.model or MODEL, args.device or DEVICE
             task, seeds, folder = task_of(args)
         try:
-            result = run_seeds(task, folder, seeds, resume=bool(args.resume), analysis=weight_moments)
+            result = run_seeds(task, folder, seeds, resume=args.resume is not None, analysis=weight_moments)
         except KeyboardInterrupt as stop:
             print(f'\n{stop}', file=sys.stderr)
             raise SystemExit(130) from None

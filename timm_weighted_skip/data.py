@@ -1,5 +1,6 @@
 """Image sets held in memory. Shapes: N images, H x W pixels, C channels."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,6 +45,13 @@ class ImageSet:
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= len(self.classes):
             raise ValueError(f'labels {low} to {high} with {len(self.classes)} classes; they must be counted from 0')
+
+    def digest(self) -> str:
+        """SHA-256 of images and labels."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.numpy(force=True).tobytes())
+        return digest.hexdigest()
 
 
 def _describe(array: Any) -> str:

@@ -70,13 +70,12 @@ def save_checkpoint(
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(folder / f'checkpoint-{state["updates"]}{STATE}', buffer.getvalue())
-    for updates, older in _stems(folder):
-        if updates < state['updates']:
-            half_written = folder.glob(f'.{older.name}.*')  # by a run that was killed
-            # The state goes before all weights: what is left is no checkpoint.
-            files = sorted(folder.glob(f'{older.name}.*'), key=lambda path: not path.name.endswith(STATE))
-            for path in (*half_written, *files):
-                path.unlink()
+    # Beside older checkpoints what a run that was killed has left of one.
+    found = [(re.match(r'\.?checkpoint-(\d+)\.', path.name), path) for path in folder.iterdir()]
+    older = [path for m, path in found if m and int(m[1]) < state['updates']]
+    # States go before all weights: what is left is no checkpoint.
+    for path in sorted(older, key=lambda path: not path.name.endswith(STATE)):
+        path.unlink()
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

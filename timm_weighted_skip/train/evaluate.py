@@ -1,6 +1,5 @@
 """Loss and accuracies of a net on a set of images."""
 
-import math
 from typing import Any, Optional
 
 import torch
@@ -25,6 +24,9 @@ def evaluate(
         batches: The images.
         amp: bfloat16 autocast.
         net: What to call for a batch of another size than the others, where `model` is compiled for one.
+
+    Raises:
+        ValueError: The loss is not finite.
     """
     model.eval()
     loss = correct = correct5 = torch.zeros((), dtype=torch.float64, device=batches.labels.device)
@@ -35,6 +37,8 @@ def evaluate(
         loss = loss + cross_entropy(output, labels, reduction='sum')
         hits = output.topk(min(5, output.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
         correct, correct5 = correct + hits[:, 0].sum(), correct5 + hits.sum()
+    if not loss.isfinite():
+        raise ValueError(f'the test loss is {loss}: the weights hold or lead to numbers that are not finite')
     count = len(batches)
     return {'loss': float(loss) / count, 'top1': 100 * float(correct) / count, 'top5': 100 * float(correct5) / count}
 
@@ -68,7 +72,4 @@ def evaluate_on(
     check_input_size(net, *data.images.shape[1:3])
     batches = Batches(data, batch_size, config['mean'], config['std'], device, channels_last=True)
     net = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    measured = evaluate(net, batches, amp)
-    if not math.isfinite(measured['loss']):
-        raise ValueError(f'the loss is {measured["loss"]}: the weights hold or lead to numbers that are not finite')
-    return {'images': len(data.labels), **measured}
+    return {'images': len(data.labels), **evaluate(net, batches, amp)}

@@ -37,7 +37,7 @@ SHA256 = {
 
 def cache_folder() -> Path:
     """Where fetched scripts are kept."""
-    return Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'timm_weighted_skip' / TIMM_TAG
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_weighted_skip' / TIMM_TAG
 
 
 def _matches(content: bytes, name: str) -> bool:

@@ -111,7 +111,9 @@ class Recipe:
     batch_size: int = _option(128, 'images per batch', int, 'N')
     grad_accum_steps: int = _option(1, 'batches per update', int, 'N')
     seed: int = _option(42, 'random seed', int, 'S')
-    model_kwargs: dict[str, Any] = _kwargs('further arguments of the model, such as hidden=32')
+    model_kwargs: dict[str, Any] = _kwargs(
+        "further arguments of the model, such as hidden=32; in place of the recipe's"
+    )
 
     alternate_freeze: int = _option(0, 'epochs per phase of alternating training; 0 trains all together', int, 'T')
     alternate_count: Literal['total', 'extra'] = _option(
@@ -128,7 +130,9 @@ class Recipe:
     weight_decay: float = _option(2e-5, 'weight decay', float)
     opt_eps: Optional[float] = _option(None, "the optimizer's epsilon", float)
     opt_betas: Optional[list[float]] = _option(None, "the optimizer's betas", float, nargs='+')
-    opt_kwargs: dict[str, Any] = _kwargs('further arguments of the optimizer, such as filter_bias_and_bn=False')
+    opt_kwargs: dict[str, Any] = _kwargs(
+        "further arguments of the optimizer, such as filter_bias_and_bn=False; in place of the recipe's"
+    )
     clip_grad: Optional[float] = _option(None, 'largest norm of the gradient', float, 'NORM')
     clip_mode: str = _option('norm', "'norm', 'value' or 'agc'")
 
@@ -242,10 +246,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_arguments(options: dict[str, Any]) -> list[str]:
-    """The arguments of `weighted-skip train` that give fields of a recipe these values."""
+    """The arguments of `weighted-skip train` that give fields of a recipe these values.
+
+    Raises:
+        ValueError: A value is None or empty, which no argument can say.
+    """
     arguments = []
     for name, value in options.items():
         option = name.replace('_', '-')
+        if value is None or value in ([], ()):
+            raise ValueError(f'{name}={value!r} can not be told on the command line; leave it out')
         if isinstance(value, bool):
             arguments.append(f'--{option}' if value else f'--no-{option}')
         elif isinstance(value, dict):

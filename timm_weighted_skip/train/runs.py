@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -29,7 +29,7 @@ from tqdm import tqdm
 import timm_weighted_skip
 from timm_weighted_skip.commit import package_commit
 from timm_weighted_skip.data import load_image_set
-from timm_weighted_skip.files import read_json, write_file
+from timm_weighted_skip.files import check_folder, read_json, write_file
 from timm_weighted_skip.nets import ARGS, FOREIGN, LAST, LOG, RESULT, Trained, architecture
 from timm_weighted_skip.train.checkpoint import has_checkpoint, link, read_checkpoint, save_checkpoint, weights_file
 from timm_weighted_skip.train.recipe import Recipe
@@ -68,16 +68,21 @@ def run_seeds(
     """`run` for one seed in `folder`, for several in a folder each below it; returns `run`'s result or a summary."""
     if not resume and holds_run(folder):
         again = shlex.join(['--resume', str(folder)])
-        raise ValueError(f'{folder} holds a run; go on with it by {again}, or give another --experiment')
-    args = yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False)
+        instead = f'go on with it by {again}, or ' if (folder / ARGS).is_file() else ''
+        raise ValueError(f'{folder} holds a run; {instead}give another --experiment')
+    # Whatever is wrong with a seed or an argument shows before the first training.
+    tasks = [replace(task, recipe=replace(task.recipe, seed=seed)) for seed in seeds]
+    try:
+        args = yaml.safe_dump({**asdict(task), 'seeds': seeds}, sort_keys=False)
+    except yaml.YAMLError as error:
+        raise ValueError(f'an argument is of a kind that {ARGS} can not hold: {error}') from None
     results = []
     try:
         with _folder_for_run(folder):
-            for seed in seeds:
-                task.recipe.seed = seed
-                of_seed = folder if len(seeds) == 1 else folder / f'seed{seed}'
+            for each in tasks:
+                of_seed = folder if len(seeds) == 1 else folder / f'seed{each.recipe.seed}'
                 of_seed.mkdir(exist_ok=True)
-                results.append(run(task, of_seed, analysis, partial(write_file, folder / ARGS, args)))
+                results.append(run(each, of_seed, analysis, partial(write_file, folder / ARGS, args)))
     except KeyboardInterrupt:
         if not (folder / ARGS).exists():
             raise KeyboardInterrupt('stopped before the training began') from None
@@ -93,6 +98,7 @@ def run_seeds(
 @contextmanager
 def _folder_for_run(folder: Path) -> Iterator[None]:
     """Have `folder` to oneself; one that is made here goes again if no training begins."""
+    check_folder(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
@@ -111,7 +117,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         ValueError: Another process trains there.
     """
     try:
-        with FileLock(folder / '.lock', timeout=0):
+        with FileLock(folder / '.lock', timeout=1):  # seconds: who only asks whether it is free holds it for a moment
             yield
     except Timeout:
         raise ValueError(f'another process is training in {folder}; wait for it, or stop it') from None
@@ -176,7 +182,7 @@ def run(
     if 0 < trainer.epochs <= recipe.alternate_freeze:
         begins = f'--alternate-freeze {recipe.alternate_freeze} begins with as many epochs of the backbone'
         print(f'no epoch of {trainer.epochs} trains the gates: {begins}', file=sys.stderr)
-    book = _resume(task, folder, trainer)
+    book = _resume(task, folder, trainer, {'training': train.digest(), 'test': test.digest()})
     begin()
     _note_machine(trainer, book['machines'])
     with tqdm(
@@ -189,7 +195,8 @@ def run(
     ) as bar:
         try:
             while trainer.position.epoch < trainer.epochs:
-                _epoch(task, folder, trainer, book, bar)
+                if _epoch(task, folder, trainer, book, bar):
+                    raise KeyboardInterrupt
         except EpochStopped:
             _save(task, folder, trainer, book)
             raise KeyboardInterrupt from None
@@ -216,8 +223,12 @@ def _note_machine(trainer: Trainer, machines: list[dict[str, Any]]) -> None:
         machines.append({**machine, 'from_epoch': trainer.position.epoch})
 
 
-def _epoch(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any], bar: tqdm) -> None:
-    """Train and measure one epoch, write its line and its checkpoint."""
+def _epoch(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any], bar: tqdm) -> bool:
+    """Train and measure one epoch, write its line and its checkpoint; returns whether to stop after it.
+
+    Raises:
+        EpochStopped: It was stopped between two updates; nothing is written.
+    """
     number = trainer.position.epoch
     bar.set_description(f'epoch {number + 1}/{trainer.epochs} {trainer.freezing.phase(number)}')
 
@@ -226,30 +237,29 @@ def _epoch(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any], bar
             bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
         bar.update(images)
 
-    started = time.perf_counter()
-    try:
-        trained = trainer.train_epoch(progress)
-        with stop_signals() as stopped:  # an epoch is whole with its test accuracy
+    with stop_signals() as stopped:  # an epoch is whole with its test accuracy, its line and its checkpoint
+        started = time.perf_counter()
+        try:
+            trained = trainer.train_epoch(progress, stopped)
             measured = trainer.evaluate()
-    finally:
-        book['wall_time'] += time.perf_counter() - started
-    images, seconds = trained.pop('images'), trained.pop('seconds')
-    speed = round(images / seconds, 1) if images else None
-    line = {'epoch': number, **trained, 'images_per_second': speed, **{f'test_{k}': v for k, v in measured.items()}}
-    book['log'].append(line)
-    if 'best' not in book or measured['top1'] > book['best']['top1']:
-        book['best'] = {'epoch': number, **measured}
-    book['last'] = {'epoch': number, **measured}
-    # The line comes before the checkpoint: a run that is killed between them drops it and trains the epoch again.
-    write_file(folder / LOG, ''.join(json.dumps(each) + '\n' for each in book['log']))
-    _save(task, folder, trainer, book)
+        finally:
+            book['wall_time'] += time.perf_counter() - started
+        images, seconds = trained.pop('images'), trained.pop('seconds')
+        speed = round(images / seconds, 1) if images else None
+        line = {'epoch': number, **trained, 'images_per_second': speed, **{f'test_{k}': v for k, v in measured.items()}}
+        book['log'].append(line)
+        if 'best' not in book or measured['top1'] > book['best']['top1']:
+            book['best'] = {'epoch': number, **measured}
+        book['last'] = {'epoch': number, **measured}
+        # The line comes before the checkpoint: a run that is killed between them drops it and trains the epoch again.
+        write_file(folder / LOG, ''.join(json.dumps(each) + '\n' for each in book['log']))
+        _save(task, folder, trainer, book)
     bar.write(
         f'epoch {number + 1}/{trainer.epochs} {trained["phase"]}: lr {trained["lr"]:.4g}, '
         f'loss {trained["loss"]:.4f}, top1 {trained["top1"]:.2f} %, '
         f'test loss {measured["loss"]:.4f}, top1 {measured["top1"]:.2f} %, {speed} images/s'
     )
-    if stopped():
-        raise EpochStopped
+    return stopped()
 
 
 def _trained(task: Task, trainer: Trainer) -> Trained:
@@ -272,7 +282,7 @@ def _save(task: Task, folder: Path, trainer: Trainer, book: dict[str, Any]) -> N
     weights = {'': trainer.net.state_dict()}
     if trainer.ema:
         weights['ema'] = trainer.ema.module.state_dict()
-    kept = {name: book[name] for name in ('wall_time', 'machines', 'best', 'last') if name in book}
+    kept = {name: book[name] for name in ('wall_time', 'machines', 'images', 'best', 'last') if name in book}
     state = {**trainer.state_dict(), 'book': kept, 'model': task.model, 'recipe': asdict(task.recipe)}
     about = {'epochs': str(trainer.position.epoch), 'timm_weighted_skip': timm_weighted_skip.__version__}
     save_checkpoint(folder, weights, state, {**book['trained'].metadata(), **about})
@@ -287,10 +297,13 @@ def _link(folder: Path, trainer: Trainer, book: dict[str, Any]) -> None:
         link(path, 'model_best.safetensors')
 
 
-def _resume(task: Task, folder: Path, trainer: Trainer) -> dict[str, Any]:
-    """Bring `trainer` to the folder's newest checkpoint, if there is one; returns the run's bookkeeping."""
+def _resume(task: Task, folder: Path, trainer: Trainer, images: dict[str, str]) -> dict[str, Any]:
+    """Bring `trainer` to the folder's newest checkpoint, if there is one; returns the run's bookkeeping.
+
+    `images` has the digest of each set.
+    """
     now = _trained(task, trainer)
-    book: dict[str, Any] = {'log': [], 'wall_time': 0.0, 'machines': [], 'trained': now}
+    book: dict[str, Any] = {'log': [], 'wall_time': 0.0, 'machines': [], 'trained': now, 'images': images}
     checkpoint = read_checkpoint(folder, ['', 'ema'] if trainer.ema else [''])
     if checkpoint is None:
         return book
@@ -320,7 +333,13 @@ def _resume(task: Task, folder: Path, trainer: Trainer) -> dict[str, Any]:
             f'({"; ".join(f"{getattr(then, of)}, not {getattr(now, of)}" for of in changed)}); '
             'go on with the images and the default checkpoint that it began with'
         )
-    book.update(state['book'])
+    began = state['book'].get('images', images)  # an older version's state has none
+    if others := [name for name in images if began[name] != images[name]]:
+        raise ValueError(
+            f'the run in {folder} began with other {" and ".join(others)} images or labels than {task.data} has now; '
+            'go on with those that it began with'
+        )
+    book.update({'images': images, **state['book']})
     if (folder / LOG).exists():
         try:
             lines = [json.loads(text) for text in (folder / LOG).read_text(encoding='utf-8').splitlines()]

@@ -43,6 +43,8 @@ def read_task(folder: Path) -> tuple[Task, list[int]]:
     values = read_yaml(path)
     try:
         seeds, recipe = list(values.pop('seeds')), Recipe(**values.pop('recipe'))
+        if not seeds:
+            raise ValueError(f'{path} names no seeds')
         return Task(**values, recipe=recipe), seeds
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not this trainer's ({error})") from None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any, Optional
 
 import timm
@@ -30,14 +31,14 @@ from timm_weighted_skip.train.evaluate import evaluate
 from timm_weighted_skip.train.freezing import AlternateFreezing
 from timm_weighted_skip.train.recipe import Recipe
 
-__all__ = ['EpochStopped', 'Trainer', 'make_net', 'normalisation', 'stop_signals']
+__all__ = ['EpochStopped', 'Trainer', 'make_net', 'normalisation', 'pixel_moments', 'stop_signals']
 
 # Images that a run must process for torch.compile to win back on a CPU the minutes that it takes to compile.
 IMAGES_WORTH_COMPILING = 500_000
 
 
 class EpochStopped(KeyboardInterrupt):
-    """An epoch was stopped by a signal, between two updates."""
+    """An epoch was stopped between two updates."""
 
 
 def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwargs: Any) -> nn.Module:
@@ -45,6 +46,7 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
 
     Raises:
         ValueError: timm can't make it, or it can't take images of that size.
+        FileNotFoundError: A file of weights that an argument names is not there.
     """
     check_model_name(model)
     shape: dict[str, Any] = {'num_classes': len(data.classes), 'in_chans': data.images.shape[3]}
@@ -58,9 +60,27 @@ def make_net(model: str, data: ImageSet, pretrained: bool = False, **model_kwarg
     except (*DAMAGED, *MISFITS) as error:
         # Nets of a fixed or a smallest image size assert; the rest are arguments that are not the net's.
         raise ValueError(f'model {model!r}: {error}') from None
+    except FileNotFoundError as error:
+        if str(error):
+            raise
+        raise FileNotFoundError(f'no file of weights as {model_kwargs} names, seen from {Path.cwd()}') from None
     if getattr(output, 'shape', None) != (1, len(data.classes)):
         raise ValueError(f'model {model!r} with {model_kwargs} does not give one number per class; train the whole net')
     return net.train()
+
+
+def pixel_moments(images: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Per-channel mean and deviation of uint8 images (N, H, W, C), as of pixels in [0, 1].
+
+    The sums are of whole numbers: the same bits however many threads there are, with which a run may go on.
+    """
+    mean, std, levels = [], [], torch.arange(256)
+    for channel in images.unbind(3):
+        counts = torch.bincount(channel.flatten(), minlength=256)
+        n, total, squares = (int((counts * levels**power).sum()) for power in range(3))
+        mean.append(total / (255 * n))
+        std.append(math.sqrt((n * squares - total**2) / (n * max(n - 1, 1))) / 255)
+    return mean, std
 
 
 def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -78,8 +98,7 @@ def normalisation(recipe: Recipe, net: nn.Module, data: ImageSet) -> tuple[tuple
     if len({*mean}) == len({*std}) == 1:
         mean, std = mean[:1], std[:1]
     elif len(mean) != channels:
-        pixels = data.images.double() / 255
-        mean, std = pixels.mean((0, 1, 2)).tolist(), pixels.std((0, 1, 2)).tolist()
+        mean, std = pixel_moments(data.images)
     mean, std = recipe.mean or mean, recipe.std or std
     if not all(deviation > 0 for deviation in std):
         raise ValueError(f'the pixel deviations are {list(std)}; give --std with numbers above 0')
@@ -283,19 +302,22 @@ class Trainer:
             self.scheduler.step_update(epoch * self.updates_per_epoch + updates)
 
     def train_epoch(
-        self, progress: Callable[[int, Optional[float]], None] = lambda images, loss: None
+        self,
+        progress: Callable[[int, Optional[float]], None] = lambda images, loss: None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """Train the rest of the current epoch.
 
         Args:
             progress: Called after every update with its number of images and, now and then, the mean loss so far.
+            stopped: Asked after every update whether to stop, see `stop_signals`.
 
         Returns:
             'phase', 'lr', the mean 'loss' and 'top1' in % of the training images as they were seen, and 'images' and
             'seconds' of this call.
 
         Raises:
-            EpochStopped: SIGINT or SIGTERM came; everything is as after the last update.
+            EpochStopped: It is to stop; everything is as after the last update.
             ValueError: The loss is no longer finite.
         """
         recipe, at = self.recipe, self.position
@@ -307,35 +329,34 @@ class Trainer:
         end = self.updates_per_epoch * recipe.grad_accum_steps
         totals = torch.tensor([at.loss, at.correct], dtype=torch.float64, device=self.device)
         started, checked, first = time.perf_counter(), time.perf_counter(), at.batch
-        with stop_signals() as stopped:
-            for batch, (x, labels) in enumerate(self.train_batches.shuffled(recipe.seed, at.epoch, at.batch), at.batch):
-                if batch == end:
-                    break
-                if batch % recipe.grad_accum_steps == 0:
-                    self._set_rate(at.epoch, batch // recipe.grad_accum_steps)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    output = self.model(x)
-                    loss = self.loss_fn(output, labels) / recipe.grad_accum_steps
-                loss.backward()
-                correct = (output.detach().argmax(1) == labels).sum()
-                totals += torch.stack([loss.detach() * recipe.grad_accum_steps, correct])
-                if (batch + 1) % recipe.grad_accum_steps:
-                    continue
-                if recipe.clip_grad is not None:
-                    dispatch_clip_grad(self._clipped(), recipe.clip_grad, recipe.clip_mode)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                at.batch, at.updates = batch + 1, at.updates + 1
-                if self.ema:
-                    self.ema.update(self.net, at.updates)
-                mean = None
-                if time.perf_counter() > checked + 1 or at.batch == end:  # not always: reading the loss waits for it
-                    checked = time.perf_counter()
-                    mean = self._read(totals)
-                progress(recipe.batch_size * recipe.grad_accum_steps, mean)
-                if stopped():
-                    self._read(totals)
-                    raise EpochStopped
+        for batch, (x, labels) in enumerate(self.train_batches.shuffled(recipe.seed, at.epoch, at.batch), at.batch):
+            if batch == end:
+                break
+            if batch % recipe.grad_accum_steps == 0:
+                self._set_rate(at.epoch, batch // recipe.grad_accum_steps)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                output = self.model(x)
+                loss = self.loss_fn(output, labels) / recipe.grad_accum_steps
+            loss.backward()
+            correct = (output.detach().argmax(1) == labels).sum()
+            totals += torch.stack([loss.detach() * recipe.grad_accum_steps, correct])
+            if (batch + 1) % recipe.grad_accum_steps:
+                continue
+            if recipe.clip_grad is not None:
+                dispatch_clip_grad(self._clipped(), recipe.clip_grad, recipe.clip_mode)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            at.batch, at.updates = batch + 1, at.updates + 1
+            if self.ema:
+                self.ema.update(self.net, at.updates)
+            mean = None
+            if time.perf_counter() > checked + 1 or at.batch == end:  # not always: reading the loss waits for it
+                checked = time.perf_counter()
+                mean = self._read(totals)
+            progress(recipe.batch_size * recipe.grad_accum_steps, mean)
+            if stopped():
+                self._read(totals)
+                raise EpochStopped
         images, seconds = (at.batch - first) * recipe.batch_size, time.perf_counter() - started
         lr = max(group['lr'] for group in self.optimizer.param_groups)
         top1 = 100 * at.correct / (at.batch * recipe.batch_size)
