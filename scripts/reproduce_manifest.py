@@ -193,11 +193,13 @@ def _experiment(name: str, section: dict[str, Any]) -> Experiment:
 
 
 def _check(run: Run) -> None:
-    run.recipe_of(0)
+    run.arguments()  # which refuses what no training can be told
+    for seed in run.seeds:
+        run.recipe_of(seed)
     if not is_model(run.model):
         raise ValueError(f'no model {run.model!r}')
-    if not run.seeds or any(type(seed) is not int for seed in run.seeds) or len(set(run.seeds)) < len(run.seeds):
-        raise ValueError(f'seeds {list(run.seeds)}; give one or more integers, each once')
+    if not run.seeds or len(set(run.seeds)) < len(run.seeds):
+        raise ValueError(f'seeds {list(run.seeds)}; give one or more, each once')
     if run.paper is not None and not isinstance(run.paper, (int, float)):
         raise ValueError(f'paper {run.paper!r}; give an accuracy in %')
     if run.paper_weights is not None and (np.ndim(run.paper_weights) != 2 or len(run.paper_weights[0]) < 2):
@@ -236,8 +238,13 @@ def read_manifest(path: Path) -> Manifest:
     """
     values = read_yaml(path)
     experiments = {}
+    for part in ('experiments', 'variance'):
+        if not isinstance(values.get(part) or {}, dict):
+            raise ValueError(f'{path}: {part} is no list of names with values')
     for name, section in (values.get('experiments') or {}).items():
         try:
+            if not isinstance(name, str):
+                raise ValueError('its name is no text; put it in quotes')
             experiments[name] = _experiment(name, section)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f'{error} is missing' if isinstance(error, KeyError) else error

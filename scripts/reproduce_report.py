@@ -5,6 +5,7 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` in REPORT.md, and in th
 """
 
 import re
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -355,7 +356,7 @@ def results_of(manifest: Manifest, run: Run, results: dict[int, dict[str, Any]])
         about = other.about or (other.name if without.count(other.model) > 1 else '')
         name = f'{other.model} ({about})' if about else other.model
         comparison[name] = last_top1(read_results(manifest, other))
-    command = f'weighted-skip train {" ".join(run.arguments())} --seed {run.seeds[0]}'
+    command = shlex.join(['weighted-skip', 'train', *run.arguments(), '--seed', str(run.seeds[0])])
     of_all = {'seeds': list(results), 'last': {'top1': last_top1(results)}}
     return replace(
         Results.of_run({**first, 'command': command}, run.name, of_all),
