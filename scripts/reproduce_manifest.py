@@ -1,7 +1,7 @@
 """What `scripts/reproduce.py` is to run: a YAML file of experiments, each with its runs."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -194,8 +194,9 @@ def _experiment(name: str, section: dict[str, Any]) -> Experiment:
 
 def _check(run: Run) -> None:
     run.arguments()  # which refuses what no training can be told
+    recipe = run.recipe_of(0)
     for seed in run.seeds:
-        run.recipe_of(seed)
+        replace(recipe, seed=seed)  # which refuses what is none
     if not is_model(run.model):
         raise ValueError(f'no model {run.model!r}')
     if not run.seeds or len(set(run.seeds)) < len(run.seeds):
@@ -206,7 +207,7 @@ def _check(run: Run) -> None:
         raise ValueError(f'paper_weights {run.paper_weights!r}; give a list of two or more rounds for each unit')
     if run.baseline is not None and not isinstance(run.baseline, str):
         raise ValueError(f'baseline {run.baseline!r}; give the name of a run')
-    args = args_beside_weights(run.recipe_of(0).model_kwargs)
+    args = args_beside_weights(recipe.model_kwargs)
     if run.checkpoint and args:
         raise ValueError(f'checkpoint: true, but {args} make another net than {run.model}; leave one of them out')
 

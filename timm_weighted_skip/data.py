@@ -50,7 +50,7 @@ class ImageSet:
         """SHA-256 of images and labels."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
         for tensor in (self.images, self.labels):
-            digest.update(tensor.numpy(force=True).tobytes())
+            digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
 

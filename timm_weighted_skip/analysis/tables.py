@@ -60,13 +60,11 @@ class Table:
         """For the terminal: numbers to the right, words to the left, and of a long table both ends."""
         lines = [list(self.columns), *self.cells()]
         widths = [max(map(len, column)) for column in zip(*lines)]
-        aligned = [
-            [
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(line, widths, self.numeric())
-            ]
+        numeric = self.numeric()
+        aligned = (
+            [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric)]
             for line in lines
-        ]
+        )
         text = ['  '.join(line).rstrip() for line in aligned]
         if left_out := max(0, len(self.rows) - LONGEST):
             half = LONGEST // 2

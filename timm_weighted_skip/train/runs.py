@@ -339,7 +339,7 @@ def _resume(task: Task, folder: Path, trainer: Trainer, images: dict[str, str]) 
             f'the run in {folder} began with other {" and ".join(others)} images or labels than {task.data} has now; '
             'go on with those that it began with'
         )
-    book.update({'images': images, **state['book']})
+    book.update(state['book'])
     if (folder / LOG).exists():
         try:
             lines = [json.loads(text) for text in (folder / LOG).read_text(encoding='utf-8').splitlines()]
