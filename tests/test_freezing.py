@@ -171,6 +171,7 @@ def test_what_the_user_freezes_and_thaws_between_epochs_is_heeded():
     freezing(net, 4)
     net.conv1.requires_grad_(True)
     freezing(net, 5)
+    assert not net.conv1.weight.requires_grad  # which rests like the rest of the backbone
     assert not gates.fc1.weight.requires_grad
     freezing.release(net)
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == [

@@ -384,7 +384,7 @@ class Trainer:
             classifier: Any = self.net.get_classifier()  # type: ignore[operator]
             heads = classifier if isinstance(classifier, tuple) else (classifier,)  # a distilled net has two
             head = {p for each in heads for p in each.parameters()}
-        return [p for p in self.net.parameters() if p.grad is not None and p not in head]
+        return [p for p in self.net.parameters() if p not in head]
 
     def evaluate(self) -> dict[str, float]:
         """Loss and accuracies of `eval_net` on the test images, in the precision of its weights."""
