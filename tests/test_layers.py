@@ -1,5 +1,7 @@
 """The merges: their equations, their gradients, and what holds at identity."""
 
+import copy
+import io
 from functools import partial
 
 import pytest
@@ -138,12 +140,39 @@ def test_plain_concat_is_the_identity_without_parameters():
 
 
 @pytest.mark.parametrize(('sharing', 'distinct'), [('block', 4), ('kind', 2), ('unified', 1)])
-def test_sharing_gives_units_the_same_module(sharing, distinct):
-    make = skip_weights(sharing, init=0.5)
-    units = [make(8, projection) for projection in (True, False, True, False)]
-    assert len({id(unit) for unit in units}) == distinct
-    if sharing == 'kind':
-        assert units[0] is units[2]
+@pytest.mark.parametrize('fixed', [False, True])
+def test_sharing_gives_units_the_same_weight(sharing, distinct, fixed):
+    def build():
+        make = skip_weights(sharing, init=0.5, fixed=fixed)
+        return nn.ModuleList(make(8, projection) for projection in (True, False, True, False))
+
+    net = build()
+    with torch.device('meta'):
+        empty = build()
+    state = {name: entry.clone() for name, entry in net.state_dict().items()}
+    empty.to_empty(device='cpu').load_state_dict(state, assign=True)
+    pickled = io.BytesIO()
+    torch.save(net, pickled)
+    pickled.seek(0)
+    loaded = torch.load(pickled, weights_only=False)
+    for units in (net, empty, loaded, copy.deepcopy(net), copy.deepcopy(net).double()):
+        assert [unit.weight.item() for unit in units] == [0.5] * 4
+        assert len({id(unit.weight) for unit in units}) == distinct
+        assert len(list(units.parameters())) == (0 if fixed else distinct)
+        if sharing == 'kind':
+            assert units[0].weight is units[2].weight
+
+
+@pytest.mark.parametrize('fixed', [False, True])
+def test_a_functional_call_leaves_shared_weights_as_they_were(fixed):
+    make = skip_weights('unified', init=0.5, fixed=fixed)
+    net = nn.Sequential(*(nn.ModuleDict({'merge': make(8, False)}) for _ in range(3)))
+    net.forward = lambda x: sum(unit['merge'](x, x) for unit in net)
+    weight, x = net[0]['merge'].weight, torch.ones(())
+    assert torch.func.functional_call(net, {'0.merge.weight': torch.tensor(9.0)}, x) == 30
+    assert torch.func.grad(lambda w: torch.func.functional_call(net, {'0.merge.weight': w}, x))(torch.tensor(9.0)) == 3
+    assert all(unit['merge'].weight is weight for unit in net)
+    assert net(x) == 4.5
 
 
 def test_normal_start_closes_identity_units_and_draws_projections():

@@ -44,12 +44,39 @@ class SkipWeight(nn.Module):
         check_choice('skip_fixed', fixed, (False, True))
         check_choice('plain', plain, (False, True))
         self.init = init
+        self.sharers = [self]
         weight = torch.empty((), device=device, dtype=dtype)
         if fixed or plain:
             self.register_buffer('weight', None if plain else weight)
         else:
             self.weight = nn.Parameter(weight)
         self.reset_parameters()
+
+    def share(self) -> 'SkipWeight':
+        """A merge for another unit with the same weight, and none of moving, copying and loading parts them."""
+        # Not this module in two places: `torch.func.functional_call`, which swaps tensors name by name, would take
+        # what it has put in under the first name for what it has to put back under the second.
+        fixed, plain = not isinstance(self.weight, nn.Parameter), self.weight is None
+        other = SkipWeight(fixed=fixed, plain=plain, device='meta')
+        other.init = self.init
+        other.sharers = self.sharers
+        self.sharers.append(other)
+        self._spread()
+        return other
+
+    def _spread(self) -> None:
+        for other in self.sharers:
+            other._parameters.update(self._parameters)
+            other._buffers.update(self._buffers)
+
+    def _apply(self, *args, **kwargs) -> 'SkipWeight':
+        super()._apply(*args, **kwargs)
+        self._spread()  # torch may have made a new tensor, as of one on the meta device
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._spread()  # torch may have put in the state dict's own tensor, by `assign=True`
 
     def starts_open(self, projection: bool) -> bool:
         """Whether a fresh unit whose residual branch gives 0 passes on what it reads.
@@ -106,7 +133,7 @@ class SkipWeight(nn.Module):
 def skip_weights(
     sharing: str = 'block', init: SkipInit = 0.0, fixed: bool = False, plain: bool = False
 ) -> Callable[..., SkipWeight]:
-    """A maker of one net's `SkipWeight` modules that hands the same module to the units that share a weight.
+    """A maker of one net's `SkipWeight` modules, which have one weight where units share it.
 
     Args:
         sharing: 'block', one weight per mapping unit (eq. 8, Tables I and II); 'kind', one for all identity and one for
@@ -126,10 +153,11 @@ def skip_weights(
 
     def make(channels: int, projection: bool, device=None, dtype=None) -> SkipWeight:
         key = {'block': len(shared), 'kind': projection, 'unified': None}[sharing]
-        if key not in shared:
-            drawn = projection or sharing == 'unified'
-            start = 0.0 if init == 'normal' and not drawn else init
-            shared[key] = SkipWeight(start, fixed=fixed, plain=plain, device=device, dtype=dtype)
+        if key in shared:
+            return shared[key].share()
+        drawn = projection or sharing == 'unified'
+        start = 0.0 if init == 'normal' and not drawn else init
+        shared[key] = SkipWeight(start, fixed=fixed, plain=plain, device=device, dtype=dtype)
         return shared[key]
 
     return make
@@ -140,13 +168,13 @@ def why_not_shared(net: nn.Module, state_dict: Mapping[str, torch.Tensor], prefi
 
     torch would load them one after another, and the last unit's would count for all.
     """
-    first: dict[nn.Module, tuple[str, torch.Tensor]] = {}
-    for name, module in net.named_modules(prefix=prefix.removesuffix('.'), remove_duplicate=False):
+    first: dict[torch.Tensor, tuple[str, torch.Tensor]] = {}
+    for name, module in net.named_modules(prefix=prefix.removesuffix('.')):
         value = state_dict.get(f'{name}.weight')
         # What is no scalar is torch's to refuse.
-        if not isinstance(module, SkipWeight) or value is None or value.ndim or value.is_meta:
+        if not isinstance(module, SkipWeight) or module.weight is None or value is None or value.ndim or value.is_meta:
             continue
-        known, other = first.setdefault(module, (name, value))
+        known, other = first.setdefault(module.weight, (name, value))
         if not torch.allclose(value, other, rtol=0, atol=0, equal_nan=True):
             return (
                 f'{known}.weight and {name}.weight are one weight in this net, and their values differ '

@@ -37,7 +37,7 @@ def named_merges(model: nn.Module) -> dict[str, tuple[str, Any]]:
         ValueError: The net has none.
     """
     merges: dict[str, tuple[str, Any]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules():
         if isinstance(module, ActiveWeightedConcat) and module.gate is not None:
             merges[name.removesuffix('.merge')] = ('concat', module)
         merge = getattr(module, 'merge', None)

@@ -50,7 +50,7 @@ def unweigh(model: nn.Module) -> None:
     """
     merges = {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in model.named_modules()
         if isinstance(module, (SkipWeight, ActiveWeightedMapping, ActiveWeightedConcat))
     }
     reasons: dict[str, str] = {}

@@ -174,7 +174,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     own = model.state_dict()
     identity = {}
     other = None
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules():
         if isinstance(module, SkipWeight) and module.weight is not None:
             identity[f'{name}.weight'] = torch.ones_like(own[f'{name}.weight'])
             if not isinstance(module.weight, nn.Parameter) and module.init not in (0, 1):
