@@ -112,6 +112,9 @@ def test_extremes_and_discriminate(folder, tmp_path):
     assert rate['pixels', 1] > 80  # the digits are easy
     assert {name for name, _ in rate} == {'weights', 'random gates', 'features', 'pixels'}
     assert all(rate[name, k] <= rate[name, k + 1] for name, k in rate if k < 10)
+    drawn = [float(row['rank 1 (%)']) for row in rows(tmp_path / 'discriminate_draws.csv')]
+    assert len({*drawn}) > 1
+    assert rate['random gates', 1] == pytest.approx(np.mean(drawn))
 
 
 def test_report_of_a_run(tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_weighted_skip import mapping_units
-from timm_weighted_skip.analysis.collect import collect
+from timm_weighted_skip.analysis.collect import DRAWS, collect
 from timm_weighted_skip.layers import Gate
 
 
@@ -81,9 +81,11 @@ def test_controls_are_read_beside_the_weights():
         features = net.forward_head(net.forward_features(x), pre_logits=True)
     np.testing.assert_allclose(got.controls['features'], features, atol=1e-5)
     random = got.controls['random gates']
-    assert random.shape == got.weights.shape
-    assert np.abs(random - got.weights).max() > 0.01
+    images, units = got.weights.shape
+    assert random.shape == (images, DRAWS, units)
+    assert np.abs(random - got.weights[:, None]).max() > 0.01
     assert random.std(0).min() > 0
+    assert random.std(1).min() > 0
     np.testing.assert_array_equal(collect(net, loader, controls=True).controls['random gates'], random)
     assert not np.array_equal(collect(net, loader, controls=True, seed=1).controls['random gates'], random)
 

@@ -18,6 +18,7 @@ from timm_weighted_skip.layers import Gate
 __all__ = ['Collected', 'collect']
 
 PIXELS = 32  # a side
+DRAWS = 10  # of random gates, which differ much
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Collected:
         weights: (N, U).
         labels: (N,) the images' classes.
         predictions: (N,) the net's.
-        controls: (N, ...) what the discriminant analysis compares the weights with, by name.
+        controls: What the discriminant analysis compares the weights with, by name: (N, D), or (N, draws, D) of what is
+            drawn at random.
     """
 
     units: list[str]
@@ -52,34 +54,36 @@ class Collected:
 
 
 def _columns(lam: dict[str, torch.Tensor], concat: set[str]) -> torch.Tensor:
-    """The units' weights side by side, (B, U)."""
-    return torch.cat([weight if name in concat else weight[:, :1] for name, weight in lam.items()], dim=1).float()
+    """The units' weights side by side, (B, ..., U)."""
+    return torch.cat([weight if name in concat else weight[..., :1] for name, weight in lam.items()], dim=-1).float()
 
 
 class _Controls:
     """Reads, in the forward that infers the weights, what they are to be compared with.
 
     `features` are the classifier's inputs. `random gates` have the gates' inputs and shape but fresh weights in both
-    layers; the net itself goes on with its trained gates, so that only the reading differs.
+    layers, in several draws; the net itself goes on with its trained gates, so that only the reading differs.
     """
 
     def __init__(self, model: Any, concat: set[str], seed: int) -> None:
-        self.random: dict[str, torch.Tensor] = {}
+        self.random: list[dict[str, torch.Tensor]] = [{} for _ in range(DRAWS)]
         self.features = torch.empty(0)
         self.concat = concat
         self.handles = []
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for name, gate in gates(model).items():
-                # Made anew, because a deep copy takes the hooks along that read the trained gate.
-                like, (paths, hidden) = gate.fc1.weight, gate.fc2.weight.shape
-                fresh = Gate(like.shape[1], hidden, paths, gate.scale, device=like.device, dtype=like.dtype)
-                fresh.fc2.reset_parameters()  # which `Gate` starts at 0
-                self.handles.append(gate.register_forward_hook(self._read(name, fresh)))
+            for drawn in self.random:
+                for name, gate in gates(model).items():
+                    # Made anew, because a deep copy takes the hooks along that read the trained gate.
+                    like, (paths, hidden) = gate.fc1.weight, gate.fc2.weight.shape
+                    fresh = Gate(like.shape[1], hidden, paths, gate.scale, device=like.device, dtype=like.dtype)
+                    fresh.fc2.reset_parameters()  # which `Gate` starts at 0
+                    self.handles.append(gate.register_forward_hook(self._read(drawn, name, fresh)))
         self.handles.append(model.get_classifier().register_forward_pre_hook(self._keep))
 
-    def _read(self, name: str, fresh: Gate):
-        return lambda gate, args, output: self.random.__setitem__(name, fresh(*args) / fresh.scale)
+    @staticmethod
+    def _read(drawn: dict[str, torch.Tensor], name: str, fresh: Gate):
+        return lambda gate, args, output: drawn.__setitem__(name, fresh(*args) / fresh.scale)
 
     def _keep(self, classifier: nn.Module, args: tuple[torch.Tensor]) -> None:
         self.features = args[0]
@@ -87,7 +91,8 @@ class _Controls:
     def of(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         height, width = (min(size, PIXELS) for size in x.shape[2:])
         pixels = adaptive_avg_pool2d(x, (height, width)).flatten(1)
-        values = {'random gates': _columns(self.random, self.concat), 'features': self.features, 'pixels': pixels}
+        drawn = torch.stack([_columns(weights, self.concat) for weights in self.random], dim=1)  # (B, draws, U)
+        values = {'random gates': drawn, 'features': self.features, 'pixels': pixels}
         return {name: value.float() for name, value in values.items()}
 
     def close(self) -> None:
