@@ -154,7 +154,7 @@ def _draw_gates(results: dict[int, dict[str, Any]]) -> 'Figure':
         axes.plot(number, mean, style, color=hue, marker='o', label=f'seed {seed}')
     label_units(axes, list(units))
     axes.set_xlabel('mapping unit (number)')
-    axes.set_ylabel(r'weight $\lambda_1$ (no unit)')
+    axes.set_ylabel('mean of $\\lambda_1$ over the images\n(shaded: ± deviation)')
     legend_above(axes, 4)
     return figure
 

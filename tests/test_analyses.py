@@ -152,6 +152,20 @@ def test_units_that_move_little_count_as_much_as_others():
     assert discriminate(*sets).tables['discriminate'].rows[0][2] == 100
 
 
+def test_of_random_draws_the_mean_counts():
+    rng = np.random.default_rng(0)
+    sets = []
+    for _ in range(2):
+        weights, labels = blobs(rng, 400, 0.01)
+        noise = rng.normal(size=(400, 6))
+        sets.append(collected(noise, labels, draws=np.stack([weights, noise], axis=1)))
+    tables = discriminate(*sets).tables
+    rate = {(row[0], row[1]): row[2] for row in tables['discriminate'].rows}
+    (_, _, good, good_mean), (_, _, bad, _) = tables['discriminate_draws'].rows
+    assert (good, good_mean, bad) == (100, 100, rate['weights', 1])
+    assert rate['draws', 1] == pytest.approx((good + bad) / 2)
+
+
 def test_bootstrap_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(0)
     truth, images, tries = 0.3, 200, 300
@@ -208,6 +222,14 @@ def test_a_run_is_read_under_timms_names(tmp_path):
     ]
     with pytest.raises(ValueError, match='a run is given twice'):
         curves([run, run])
+
+
+def test_of_long_curves_the_steep_start_takes_no_room(tmp_path):
+    run = write_run(tmp_path / 'a', [10, 20, *range(80, 98)], ['backbone'] * 20)
+    short = write_run(tmp_path / 'b', [30, 85], ['backbone'] * 2)
+    top = curves([run]).figures['curves']().axes[0]
+    assert 70 < top.get_ylim()[0] < 80 < 97 < top.get_ylim()[1] < 100
+    assert curves([run, short]).figures['curves']().axes[0].get_ylim()[0] < 30
 
 
 def test_a_sweep_averages_over_seeds(tmp_path):

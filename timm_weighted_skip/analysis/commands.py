@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -47,6 +48,11 @@ def _read(
     return net, images, collect(net, images.loader(args.batch_size, args.workers))
 
 
+def _gate_table(args: argparse.Namespace, collected: Collected, classes: Optional[Sequence[str]]) -> Result:
+    result = gate_table(collected, classes)
+    return replace(result, about={'data': f'{args.data}, its test images', **result.about})
+
+
 def _check_no_image_options(args: argparse.Namespace) -> None:
     for name in ('data_dir', 'input_size', 'mean', 'std', 'per_class'):
         if getattr(args, name, None):
@@ -73,7 +79,7 @@ def inspect_result(args: argparse.Namespace) -> Result:
     if len(pairs) > 1:
         raise ValueError(f'{len(pairs)} nets with --data; an AWM net is inspected alone')
     _, images, collected = _read(args, *pairs[0])
-    return gate_table(collected, images.classes if args.per_class else None)
+    return _gate_table(args, collected, images.classes if args.per_class else None)
 
 
 def variance_result(args: argparse.Namespace) -> Result:
@@ -145,7 +151,7 @@ def write_report(args: argparse.Namespace) -> Path:
         weights = _table([net])
     else:
         net, images, collected = _read(args, args.model, args.checkpoint)
-        weights = gate_table(collected, images.classes)
+        weights = _gate_table(args, collected, images.classes)
     sections['Model'] = Result(about=_model_facts(net), tables={})
     if logged:
         run = read_run(folder)

@@ -231,6 +231,16 @@ def _shade(axes: 'Axes', runs: Sequence[Run]) -> None:
             axes.axvspan(first - 0.5, last + 0.5, color='0.9', linewidth=0, zorder=0, label=label)
 
 
+def _fit(axes: 'Axes') -> None:
+    """Fit the y axis to all but the first tenth of every curve, whose steep start would leave the rest no room."""
+    points = [np.array(line.get_xydata(), float) for line in axes.lines]
+    y = np.concatenate([xy[xy[:, 0] >= xy[0, 0] + len(xy) // 10, 1] for xy in points])
+    y = y[np.isfinite(y)]
+    if len(y) and y.min() < y.max():
+        margin = 0.05 * np.ptp(y)
+        axes.set_ylim(y.min() - margin, y.max() + margin)
+
+
 @styled
 def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Figure':
     columns = 1 if max(map(len, names)) > 24 else 2
@@ -247,6 +257,7 @@ def _draw_curves(names: Sequence[str], runs: Sequence[Run], error: bool) -> 'Fig
                 look = dict(linewidth=1.4, label=literal(name)) if part == 'eval' else dict(linewidth=0.7, alpha=0.6)
                 axes.plot(epoch, values, style, color=hue, marker=marker, **look)
     for axes in (top, bottom):
+        _fit(axes)
         _shade(axes, runs)
     top.set_ylabel('top-1 error (%)' if error else 'top-1 accuracy (%)')
     bottom.set_ylabel('loss (nats)')

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ['gate_table', 'rounds_table', 'skip_rounds', 'unit_table', 'weights_of_rounds']
 
+WEIGHT = "lam1, the residual branch's; the shortcut's is 1 - lam1", 'lam_k, of connection k'
+
 
 def unit_table(model: nn.Module) -> Result:
     """Every unit of an AWM net, whose weights are not known without images."""
@@ -58,7 +60,7 @@ def weights_of_rounds(units: Sequence[MappingUnit], w: np.ndarray) -> Result:
     values = np.column_stack([w, w.mean(1)]) if rounds > 1 else w
     rows = [[unit.name, unit.kind, *map(float, row)] for unit, row in zip(units, values)]
     table = Table(['unit', 'kind', *columns], rows)
-    about = {'mapping units': len(units), 'rounds': rounds}
+    about = {'mapping units': len(units), 'weight': "w, the shortcut's; the plain net's is 1", 'rounds': rounds}
     return Result(about, {'weights': table}, {'weights': lambda: _draw_rounds(units, w)})
 
 
@@ -73,6 +75,7 @@ def gate_table(collected: Collected, classes: Optional[Sequence[str]] = None) ->
     about: dict[str, Any] = {
         'images': len(weights),
         'weights': len(collected.units),
+        'weight': WEIGHT['concat' in collected.kinds],
         'top-1 accuracy (%)': collected.accuracy,
     }
     columns = ['unit', 'kind', 'plain net', 'mean', 'variance', 'min', 'max']
