@@ -232,6 +232,11 @@ def half_a_checkpoint(path, folder: str) -> str:
     return str(copy)
 
 
+def no_weights(path) -> str:
+    (path / 'text').write_text('root:x:0:0:root:/root:/bin/bash')  # whose first letter is a pickle's
+    return str(path / 'text')
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -249,6 +254,7 @@ def half_a_checkpoint(path, folder: str) -> str:
         (lambda f, t: ['inspect', 'awm_resnet15'], "no model is called 'awm_resnet15'; near names are"),
         (lambda f, t: ['inspect', 'awm_resnet20'], 'near names are awm_resnet20_cifar, awm_'),
         (lambda f, t: ['inspect', f, '--output', f + '/config.json'], 'is a file; give the name of a folder'),
+        (lambda f, t: ['inspect', ''], "no model is called ''"),
         (lambda f, t: ['inspect', str(t)], 'neither config.json nor last.safetensors'),
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', str(t / 'x')], "no file '"),
         (lambda f, t: ['inspect', f, '--model-kwargs', 'features_only=True'], 'features_only is no argument of a net'),
@@ -264,6 +270,7 @@ def half_a_checkpoint(path, folder: str) -> str:
         (lambda f, t: ['report', f, '--mean', '0', '--output', str(t / 'page')], '--mean needs images; give --data'),
         (lambda f, t: ['inspect', f, '--data', 'mnist', '--data-dir', str(t)], 'train and eval fetch with --download'),
         (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', f + '/config.json'], 'is not a checkpoint'),
+        (lambda f, t: ['inspect', 'awm_resnet14_cifar', '--checkpoint', no_weights(t)], 'neither a safetensors file'),
         (lambda f, t: ['inspect', 'adaresnet18_released', *npz(t, np.zeros((9, 8, 8), np.uint8))], 'do not depend on'),
         (lambda f, t: ['variance', '--group', 'a', f, 'awm_resnet14_cifar.digits'], 'an AWM net'),
         (lambda f, t: ['variance', '--group', 'a', f, f + '/'], 'a checkpoint is given twice'),

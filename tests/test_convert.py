@@ -273,7 +273,7 @@ def test_a_converted_net_takes_images_of_the_sizes_that_the_plain_net_takes(name
 
 
 @torch.no_grad()
-def test_command_writes_the_weights_of_a_net_without_a_registered_name(images, tmp_path):
+def test_command_writes_the_weights_of_a_net_without_a_registered_name(images, tmp_path, capsys):
     plain = randomise(timm.create_model('seresnet18')).eval()
     save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
     output = tmp_path / 'weighted.safetensors'
@@ -284,4 +284,7 @@ def test_command_writes_the_weights_of_a_net_without_a_registered_name(images, t
     assert torch.equal(weighted(images), plain(images))
     assert main([*command, '--output', str(output)]) == 1  # what is there stays
     assert main([*command, '--output', str(tmp_path / 'folder')]) == 1  # no config could rebuild it
+    capsys.readouterr()
+    assert main([*command, '--output', str(tmp_path / 'weighted.pth')]) == 1
+    assert 'weights are written as safetensors; give a folder or FILE.safetensors' in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ['plain.safetensors', 'weighted.safetensors']

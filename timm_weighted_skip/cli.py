@@ -210,6 +210,8 @@ def _write_net(args: argparse.Namespace, model, model_args: dict, as_it_is: bool
             raise ValueError(f'--results goes into a model card; with it, give a folder, not {args.output}')
         _show(f'wrote {save_weights(model, args.output)}')
         return
+    if args.output.suffix in ('.pth', '.pt', '.bin', '.tar', '.ckpt'):
+        raise ValueError(f'weights are written as safetensors; give a folder or FILE.safetensors, not {args.output}')
     results = None
     if args.results:
         results = Results.from_dict(read_json(args.results), str(args.results))

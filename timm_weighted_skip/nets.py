@@ -281,7 +281,7 @@ def _find(source: str) -> NamedNet:
         path = path / LAST
     if path.is_file():
         return _trained_net(Trained.read(path), path)
-    if path.is_dir() and not timm.is_model(source):
+    if source and path.is_dir() and not timm.is_model(source):
         runs = sorted(run.parent.name for run in path.glob(f'*/{LAST}'))
         instead = f'one of its runs, {", ".join(runs)}' if runs else 'one that has'
         raise FileNotFoundError(f'{source} has neither config.json nor {LAST}; give {instead}')
@@ -323,8 +323,10 @@ def _read_state(file: Path) -> dict[str, torch.Tensor]:
         if all(isinstance(name, str) for name in state):
             return state
         reason = 'it holds no weights with names'
-    except (*DAMAGED, *MISFITS) as error:
+    except (*DAMAGED, RuntimeError) as error:
         reason = first_sentence(error)
+    except MISFITS:  # of bytes that happen to begin like a pickle
+        reason = 'it is neither a safetensors file nor one that torch wrote'
     weights = file.with_name(file.name.replace('.pth.tar', '.safetensors'))  # of a state that our trainer wrote
     instead = f'; give {weights}' if weights != file and weights.is_file() else ''
     raise ValueError(f'{file} is not a checkpoint that can be read: {reason}{instead}')
