@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from timm_weighted_skip.analysis.collect import Collected
-from timm_weighted_skip.analysis.figures import colour, new_figure, styled
+from timm_weighted_skip.analysis.figures import colour, legend_above, new_figure, styled
 from timm_weighted_skip.analysis.tables import Result, Table, require
 
 if TYPE_CHECKING:
@@ -150,12 +150,12 @@ def _draw(table: Table, sizes: list[list], chance: float) -> 'Figure':
         hue, _ = colour(index)
         rank, rate, low, high = np.array([row[1:] for row in table.rows if row[0] == name]).T
         axes.fill_between(rank, low, high, color=hue, alpha=0.25, linewidth=0)
-        axes.plot(rank, rate, color=hue, marker='os^D'[index % 4], label=f'{name} ({dimensions})')
+        axes.plot(rank, rate, color=hue, marker='os^D'[index % 4], label=f'{name} ({dimensions}-d)')
     ranks = np.arange(1, top + 1)
     axes.plot(ranks, chance * ranks, color='0.5', linestyle=':', label='chance')
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.set_ylim(0, 102)
     axes.set_xlabel('rank $k$ (number of classes)')
     axes.set_ylabel('identification rate (%)')
-    axes.legend(title='vector (dimensions)', loc='lower right')
+    legend_above(axes, 3, 1.0)
     return figure
