@@ -212,6 +212,20 @@ def test_a_shared_weight_takes_one_value():
         within = nn.Sequential(timm.create_model('adaresnet14_cifar', sharing=sharing))
         with pytest.raises(RuntimeError, match=r'0\.layer2\.0\.merge\.weight.*one weight in this net'):
             within.load_state_dict(nn.Sequential(own).state_dict())
+        features = timm.create_model('adaresnet14_cifar', sharing=sharing, features_only=True)
+        with pytest.raises(RuntimeError, match=r'"?layer2\.0\.merge\.weight.*one weight in this net'):
+            features.load_state_dict(own.state_dict(), strict=False)
+        part = timm.create_model('adaresnet14_cifar', sharing=sharing).layer2
+        values = {'0.merge.weight': torch.tensor(0.25), '1.merge.weight': torch.tensor(0.5)}
+        if sharing == 'kind':
+            part.load_state_dict(values, strict=False)  # a projection and an identity shortcut
+        else:
+            for assign in (False, True):
+                with pytest.raises(RuntimeError, match=r'\b0\.merge\.weight and 1\.merge\.weight are one weight'):
+                    part.load_state_dict(values, strict=False, assign=assign)
+        part.load_state_dict({'0.merge.weight': torch.tensor(0.75)}, strict=False)  # another call, another value
+        part.load_state_dict({'1.merge.weight': torch.tensor(0.5)}, strict=False)
+        assert part[1].merge.weight == 0.5
     timm.create_model('adaresnet14_cifar').load_state_dict(own.state_dict())
 
 

@@ -7,7 +7,7 @@ The papers call `F` the transformed data (tfd) and `s` the input represent data 
 Shapes: N images, C channels, H x W pixels, K incoming units of a concatenation, e hidden width of a gate.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import List, Literal, Union  # noqa: UP035  TorchScript reads List
 
 import torch
@@ -45,6 +45,7 @@ class SkipWeight(nn.Module):
         check_choice('plain', plain, (False, True))
         self.init = init
         self.sharers = [self]
+        self.loaded: tuple[str, list[str]] = '', []
         weight = torch.empty((), device=device, dtype=dtype)
         if fixed or plain:
             self.register_buffer('weight', None if plain else weight)
@@ -74,8 +75,23 @@ class SkipWeight(nn.Module):
         self._spread()  # torch may have made a new tensor, as of one on the meta device
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """Refuses values that differ where the weight is shared: torch would let the last unit's count for all."""
+        name, own = f'{prefix}weight', self.weight
+        value = state_dict.get(name)
+        # What is no scalar is torch's to refuse.
+        if own is not None and isinstance(value, torch.Tensor) and value.ndim == 0 and not value.is_meta:
+            first, call = self.sharers[0].loaded
+            if call is not errors:  # the list of one `load_state_dict`
+                first = name
+            elif first and not own.is_meta and not torch.allclose(value.to(own), own, rtol=0, atol=0, equal_nan=True):
+                errors.append(
+                    f'{first} and {name} are one weight in this net, and their values differ ({own.item():.4g} and '
+                    f'{value.item():.4g}); make the net with the `sharing` that they were trained with'
+                )
+                first = ''  # once is enough
+            self.sharers[0].loaded = first, errors
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._spread()  # torch may have put in the state dict's own tensor, by `assign=True`
 
     def starts_open(self, projection: bool) -> bool:
@@ -161,26 +177,6 @@ def skip_weights(
         return shared[key]
 
     return make
-
-
-def why_not_shared(net: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str = '') -> str:
-    """Why the entries of `state_dict` can't be those of weights that units of `net` share: values differ; '' if not.
-
-    torch would load them one after another, and the last unit's would count for all.
-    """
-    first: dict[torch.Tensor, tuple[str, torch.Tensor]] = {}
-    for name, module in net.named_modules(prefix=prefix.removesuffix('.')):
-        value = state_dict.get(f'{name}.weight')
-        # What is no scalar is torch's to refuse.
-        if not isinstance(module, SkipWeight) or module.weight is None or value is None or value.ndim or value.is_meta:
-            continue
-        known, other = first.setdefault(module.weight, (name, value))
-        if not torch.allclose(value, other, rtol=0, atol=0, equal_nan=True):
-            return (
-                f'{known}.weight and {name}.weight are one weight in this net, and their values differ '
-                f'({other:.4g} and {value:.4g}); make the net with the `sharing` that they were trained with'
-            )
-    return ''
 
 
 class Gate(nn.Module):

@@ -36,7 +36,7 @@ def _weigh_blocks(model: ResNet, merge: Callable[..., nn.Module]) -> None:
                 f'{" and ".join(kind.__name__ for kind in WEIGHTED)}'
             )
     if type(model) is ResNet:
-        model.__class__ = WeightedResNet  # which refuses unequal values of a shared weight
+        model.__class__ = WeightedResNet
         model.min_input_size = 1  # it takes what the plain net takes
     for block in blocks.values():
         block.__class__ = WEIGHTED[type(block)]

@@ -11,7 +11,7 @@ from torch import nn
 from timm_weighted_skip.checks import check_count
 from timm_weighted_skip.fused import can_fuse, is_hooked
 from timm_weighted_skip.fused_norm import can_fuse_norm
-from timm_weighted_skip.layers import Gate, SkipWeight, why_not_shared
+from timm_weighted_skip.layers import Gate, SkipWeight
 
 __all__ = [
     'ChecksInputSize',
@@ -208,8 +208,3 @@ class WeightedResNet(ChecksInputSize, ResNet):
                 if isinstance(module, (SkipWeight, Gate)):
                     module.reset_parameters()
         super().init_weights(zero_init_last)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        if why := why_not_shared(self, state_dict, prefix):
-            errors.append(why)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
