@@ -204,6 +204,19 @@ def test_shared_weight_is_stored_once_per_unit_and_never_as_shared_memory():
     assert net[1]['merge'].weight == 3
 
 
+@pytest.mark.parametrize('fixed', [False, True])
+def test_a_unit_that_is_given_a_weight_of_its_own_keeps_it(fixed):
+    make = skip_weights('unified', init=0.5, fixed=fixed)
+    net = nn.ModuleList(make(8, False) for _ in range(3))
+    own = torch.tensor(2.0)
+    net[0].weight = own if fixed else nn.Parameter(own)
+    net.double()
+    assert [unit.weight.item() for unit in net] == [2, 0.5, 0.5]
+    assert net[0].weight is not net[1].weight is net[2].weight
+    net.load_state_dict({'0.weight': torch.tensor(4.0), '1.weight': torch.tensor(3.0), '2.weight': torch.tensor(3.0)})
+    assert [unit.weight.item() for unit in net] == [4, 3, 3]
+
+
 def test_weights_in_one_flat_tensor_are_not_shared():
     net = nn.Sequential(SkipWeight(0.5), SkipWeight(0.5))
     flat = nn.utils.parameters_to_vector(net.parameters()).detach()

@@ -59,29 +59,28 @@ class SkipWeight(nn.Module):
         # what it has put in under the first name for what it has to put back under the second.
         fixed, plain = not isinstance(self.weight, nn.Parameter), self.weight is None
         other = SkipWeight(fixed=fixed, plain=plain, device='meta')
-        other.init = self.init
-        other.sharers = self.sharers
+        other.init, other.weight, other.sharers = self.init, self.weight, self.sharers
         self.sharers.append(other)
-        self._spread()
         return other
 
-    def _spread(self) -> None:
-        for other in self.sharers:
-            other._parameters.update(self._parameters)
-            other._buffers.update(self._buffers)
+    def _sharing(self) -> list['SkipWeight']:
+        """This and the merges that have its weight still: one may have been given, or pruned to, one of its own."""
+        return [other for other in self.sharers if other.weight is self.weight]
 
     def _apply(self, *args, **kwargs) -> 'SkipWeight':
+        sharing = self._sharing()
         super()._apply(*args, **kwargs)
-        self._spread()  # torch may have made a new tensor, as of one on the meta device
+        for other in sharing:  # torch may have made a new tensor, as of one on the meta device
+            other.weight = self.weight
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Refuses values that differ where the weight is shared: torch would let the last unit's count for all."""
-        name, own = f'{prefix}weight', self.weight
+        name, own, sharing = f'{prefix}weight', self.weight, self._sharing()
         value = state_dict.get(name)
         # What is no scalar is torch's to refuse.
         if own is not None and isinstance(value, torch.Tensor) and value.ndim == 0 and not value.is_meta:
-            first, call = self.sharers[0].loaded
+            first, call = self.loaded
             if call is not errors:  # the list of one `load_state_dict`
                 first = name
             elif first and not own.is_meta and not torch.allclose(value.to(own), own, rtol=0, atol=0, equal_nan=True):
@@ -90,9 +89,11 @@ class SkipWeight(nn.Module):
                     f'{value.item():.4g}); make the net with the `sharing` that they were trained with'
                 )
                 first = ''  # once is enough
-            self.sharers[0].loaded = first, errors
+            for other in sharing:
+                other.loaded = first, errors
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        self._spread()  # torch may have put in the state dict's own tensor, by `assign=True`
+        for other in sharing:  # torch may have put in the state dict's own tensor, by `assign=True`
+            other.weight = self.weight
 
     def starts_open(self, projection: bool) -> bool:
         """Whether a fresh unit whose residual branch gives 0 passes on what it reads.
