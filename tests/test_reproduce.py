@@ -333,12 +333,15 @@ def test_a_bad_manifest_is_refused(tmp_path, modules, change, message):
         modules[0].read_manifest(tmp_path / 'manifest.yaml')
 
 
+@pytest.mark.filterwarnings('error')
 def test_verdicts(modules):
     compare = modules[1].compare
     # Welch's t by hand: means 2 and 12, both variances 1, n = 3: 10 +- 2.776 * sqrt(2/3)
     assert compare([11.0, 12, 13], [1.0, 2, 3]) == ('+10.00 [+7.73, +12.27]', 'better')
     assert compare([1.0, 2, 3], [11.0, 12, 13]) == ('-10.00 [-12.27, -7.73]', 'worse')
     assert compare([1.0, 2, 3], [1.5, 2.5, 3.5])[1] == 'within noise'
+    # One side without spread, the other with a variance of 1/2 and n = 2: 1.5 +- 12.706 * sqrt(1/4)
+    assert compare([2.0, 2.0], [0.0, 1.0]) == ('+1.50 [-4.85, +7.85]', 'within noise')
     assert compare([1.0], [2.0, 3.0]) == ('-1.50', 'one seed: no verdict')
     assert compare([2.0, 3.0], [1.0]) == ('+1.50', 'one seed of the baseline: no verdict')
     assert compare([2.0, 2.0], [1.0, 1.0]) == ('+1.00', 'no spread: no verdict')
